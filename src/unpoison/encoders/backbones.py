@@ -1,0 +1,101 @@
+"""Architecture names to timm networks, with a small stem for small images."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from torch import nn
+
+from unpoison.errors import ConfigError
+
+__all__ = ["SMALL_IMAGE", "Architecture", "build_backbone"]
+
+SMALL_IMAGE = 96
+"""Below this side, in pixels, the ImageNet stem (7×7 stride 2, then a pool) would throw the picture away."""
+
+_RESNETS: dict[str, tuple[type[nn.Module], tuple[int, ...]]] = {
+    "resnet10": (BasicBlock, (1, 1, 1, 1)),
+    "resnet18": (BasicBlock, (2, 2, 2, 2)),
+    "resnet34": (BasicBlock, (3, 4, 6, 3)),
+    "resnet50": (Bottleneck, (3, 4, 6, 3)),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """All that is needed to build a network again; stored beside its weights.
+
+    Attributes:
+        name: `resnet10`, `resnet18`, `resnet34`, `resnet50`, or any timm model name.
+        image_size: side of the images that it is built for, in pixels.
+        width: channels of the first ResNet stage (64 in the paper); later stages double it.
+        stem_stride: stride of the ResNet stem below 96 px: 1 is the CIFAR stem of the papers, 2 and 4 are faster.
+            None picks 2 up to 48 px and 4 above. Ignored from 96 px on, where the ImageNet stem is used.
+    """
+
+    name: str
+    image_size: int
+    width: int = 64
+    stem_stride: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 8 <= self.image_size <= 1024:
+            raise ConfigError(f"image_size={self.image_size}: expected 8 to 1024 pixels")
+        if not 4 <= self.width <= 512:
+            raise ConfigError(f"width={self.width}: expected 4 to 512 channels")
+        if self.stem_stride not in (None, 1, 2, 4):
+            raise ConfigError(f"stem_stride={self.stem_stride}: expected 1, 2 or 4")
+
+
+def build_backbone(architecture: Architecture) -> nn.Module:
+    """The network without a classification head: (N, 3, S, S) normalised images to (N, D) features.
+
+    Initialisation draws from torch's global generator; wrap the call in `runtime.seeded`.
+
+    Raises:
+        ConfigError: no such architecture.
+    """
+    if architecture.name in _RESNETS:
+        return _resnet(architecture)
+    name = architecture.name
+    if not re.fullmatch(r"[A-Za-z0-9_.\-]+", name) or not timm.is_model(name):
+        near = ", ".join(sorted(_RESNETS))
+        raise ConfigError(f"architecture {name!r}: expected one of {near}, or a timm model name (timm.list_models())")
+    options: dict[str, Any] = {"num_classes": 0, "pretrained": False}
+    try:
+        return timm.create_model(name, img_size=architecture.image_size, **options)
+    except TypeError:  # convolutional networks take no image size
+        return timm.create_model(name, **options)
+
+
+def _resnet(architecture: Architecture) -> nn.Module:
+    block, layers = _RESNETS[architecture.name]
+    width = architecture.width
+    network = ResNet(
+        block=block,
+        layers=layers,
+        num_classes=0,
+        channels=(width, 2 * width, 4 * width, 8 * width),
+        # As in torchvision, whose networks the papers train. Zeroed branches learn so late that in a short run the
+        # attack hardly takes hold, and what a victim does not learn cannot be found in it.
+        zero_init_last=False,
+    )
+    stem = network.bn1.num_features
+    if block is BasicBlock and width != stem:
+        # timm's stem always has 64 channels, which would cost a narrow network more than all of its first stage.
+        stem = width
+        network.bn1 = nn.BatchNorm2d(stem)
+        network.layer1[0] = BasicBlock(stem, width)
+    if architecture.image_size < SMALL_IMAGE:
+        stride = architecture.stem_stride or (2 if architecture.image_size <= 48 else 4)
+        kernel, padding = (4, 0) if stride == 4 else (3, 1)
+        network.maxpool = nn.Identity()
+    else:
+        kernel, stride, padding = 7, 2, 3
+    network.conv1 = nn.Conv2d(3, stem, kernel, stride, padding, bias=False)
+    nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
+    return network

@@ -1,0 +1,113 @@
+"""An encoder: network, preprocessing and feature layer as one inseparable value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from unpoison.errors import ConfigError, ShapeError
+from unpoison.records import Geometry
+from unpoison.runtime import autocast, choose_device, choose_precision
+
+__all__ = ["Encoder", "Preprocessing"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """What happens to a picture before the network sees it.
+
+    Attributes:
+        geometry: how any picture becomes a square.
+        mean, std: per channel, for values in [0, 1].
+        assumed: True when mean, std or size had to be guessed; the verdict then says so.
+    """
+
+    geometry: Geometry
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    assumed: bool = False
+
+    def __post_init__(self) -> None:
+        if min(self.std) <= 0:
+            raise ConfigError(f"std={self.std}: expected three positive numbers for values in [0, 1]")
+        if max(self.mean) > 1 or min(self.mean) < 0:
+            raise ConfigError(f"mean={self.mean}: expected three numbers in [0, 1]; divide by 255")
+
+
+class Encoder:
+    """Images to features: a frozen network in evaluation mode with its own preprocessing.
+
+    It owns normalisation: everything outside handles uint8 pixels, or floats in [0, 1]. It counts the images it
+    was shown, which is the unit in which the cost of every method is stated.
+
+    Args:
+        network: any module from (N, 3, S, S) normalised float images to (N, D) features. It is put in evaluation
+            mode, its gradients are switched off, and it is moved to `device`.
+        preprocessing: see `Preprocessing`.
+        name: shown in reports.
+        attention_layer: the convolutional layer that Grad-CAM explains; None lets Grad-CAM choose.
+        device, precision: see `runtime.choose_device` and `runtime.choose_precision`.
+        fingerprint: hex digest of the weights' file, empty if they came from memory.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module | Callable[[Tensor], Tensor],
+        preprocessing: Preprocessing,
+        *,
+        name: str = "encoder",
+        device: str | torch.device = "auto",
+        precision: str = "auto",
+        fingerprint: str = "",
+    ) -> None:
+        self.device = choose_device(device) if isinstance(device, str) else device
+        self.precision = choose_precision(precision, self.device)
+        self.preprocessing = preprocessing
+        self.name = name
+        self.fingerprint = fingerprint
+        self.images_shown = 0
+        self.network = network
+        if isinstance(network, nn.Module):
+            network.eval().requires_grad_(False).to(self.device)
+            if any(p.ndim == 4 for p in network.parameters()):
+                network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        shape = (1, 3, 1, 1)
+        self._mean = torch.tensor(preprocessing.mean, device=self.device).view(shape)
+        self._std = torch.tensor(preprocessing.std, device=self.device).view(shape)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8, or float in [0, 1], (N, 3, S, S) on any device, to what the network takes."""
+        images = images.to(self.device)
+        if images.dtype == torch.uint8:
+            images = images.float().div_(255)
+        return (images - self._mean) / self._std
+
+    @torch.inference_mode()
+    def features(self, images: Tensor) -> Tensor:
+        """Features of a batch.
+
+        Args:
+            images: (N, 3, S, S) uint8, or float in [0, 1], S = `preprocessing.geometry.size`.
+
+        Returns:
+            (N, D) float32 on the encoder's device, as the network gives them (not normalised).
+
+        Raises:
+            ShapeError: the images have another shape, or the network gives no feature vector per image.
+        """
+        size = self.preprocessing.geometry.size
+        if images.ndim != 4 or images.shape[1:] != (3, size, size):
+            raise ShapeError(f"images must be (N, 3, {size}, {size}), got {tuple(images.shape)}")
+        self.images_shown += len(images)
+        with autocast(self.device, self.precision):
+            output = self.network(self.normalise(images))
+        if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(images):
+            got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise ShapeError(
+                f"the encoder must give one feature vector per image, ({len(images)}, D), got {got}; "
+                "pass the pooled output of the network"
+            )
+        return output.float()

@@ -1,0 +1,1 @@
+"""How good was that? The only question whose answer may know the truth: labels and attack plans."""

@@ -1,0 +1,63 @@
+"""SimCLR: two views of one image attract, all other images in the batch repel.
+
+Paper: Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", ICML 2020.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unpoison.pretrain.heads import projection_head
+
+__all__ = ["SimCLR", "nt_xent"]
+
+
+def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
+    """Normalised temperature-scaled cross entropy over the 2N views of a batch.
+
+    Args:
+        first, second: (N, D) float, embeddings of the two views; row i of both shows the same image.
+        temperature: T > 0.
+
+    Returns:
+        Scalar float32.
+
+    Source:
+        SimCLR, equation 1.
+    """
+    views = F.normalize(torch.cat((first, second)).float(), dim=1)
+    logits = views @ views.T / temperature
+    logits.fill_diagonal_(-torch.inf)  # a view is no negative of itself
+    n = len(first)
+    partner = torch.arange(2 * n, device=views.device).roll(n)
+    return F.cross_entropy(logits, partner)
+
+
+class SimCLR(nn.Module):
+    """The trained module of SimCLR; `backbone` is what remains.
+
+    Args:
+        backbone: (N, 3, S, S) normalised images to (N, `feature_size`).
+        feature_size: D of the backbone.
+        temperature: T of the loss.
+        hidden, out: sizes of the projection head.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, feature_size: int, *, temperature: float = 0.5, hidden: int = 512, out: int = 128
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.projector = projection_head(feature_size, hidden, out)
+        self.temperature = temperature
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        """The loss of a batch of two normalised views, (N, 3, S, S) each."""
+        both = self.projector(self.backbone(torch.cat((first, second))))
+        one, two = both.chunk(2)
+        return nt_xent(one, two, self.temperature)
+
+    def after_step(self) -> None:
+        """SimCLR has no state beside its weights."""
