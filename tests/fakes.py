@@ -44,7 +44,9 @@ def fake_result(
                 [1 - row / n_images if row < n_scored else None for row in rows] + none, dtype="Float64"
             ),
             **{
-                f"box_{key}": pd.array([value if row < n_scored else None for row in rows] + none, dtype="Int64")
+                f"box_{key}": pd.array(
+                    [value if row < n_scored else None for row in rows] + none, dtype="Int64"
+                )
                 for key, value in (("x", corner), ("y", corner), ("w", window), ("h", window))
             },
             "poison_probability": pd.array(
@@ -98,12 +100,22 @@ def fake_result(
         ],
         "scope": {
             "tested": ["square patches of 6 to 12 pixels that recur in at least 3 images"],
-            "not_tested": ["triggers that cover the whole picture, such as CTRL's", "patches larger than the window"],
+            "not_tested": [
+                "triggers that cover the whole picture, such as CTRL's",
+                "patches larger than the window",
+            ],
         },
         "encoder_passes": 182_400,
         "seconds": 17.3,
         "stages": {"decode images": 1.1, "features": 2.0, "search": 9.8, "confirm": 3.1, "classifier": 1.3},
-        "config": {"clusters": 50, "window": 9, "attention": "mask", "masks": "grid", "alpha": 0.01, "n_flips": None},
+        "config": {
+            "clusters": 50,
+            "window": 9,
+            "attention": "mask",
+            "masks": "grid",
+            "alpha": 0.01,
+            "n_flips": None,
+        },
         "seed": 0,
         "versions": {"unpoison": "0.1.0", "torch": "2.15.0", "python": "3.11.7"},
         **summary,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import timm
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
@@ -17,7 +17,7 @@ __all__ = ["SMALL_IMAGE", "Architecture", "build_backbone"]
 SMALL_IMAGE = 96
 """Below this side, in pixels, the ImageNet stem (7×7 stride 2, then a pool) would throw the picture away."""
 
-_RESNETS: dict[str, tuple[type[nn.Module], tuple[int, ...]]] = {
+_RESNETS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...]]] = {
     "resnet10": (BasicBlock, (1, 1, 1, 1)),
     "resnet18": (BasicBlock, (2, 2, 2, 2)),
     "resnet34": (BasicBlock, (3, 4, 6, 3)),
@@ -64,7 +64,9 @@ def build_backbone(architecture: Architecture) -> nn.Module:
     name = architecture.name
     if not re.fullmatch(r"[A-Za-z0-9_.\-]+", name) or not timm.is_model(name):
         near = ", ".join(sorted(_RESNETS))
-        raise ConfigError(f"architecture {name!r}: expected one of {near}, or a timm model name (timm.list_models())")
+        raise ConfigError(
+            f"architecture {name!r}: expected one of {near}, or a timm model name (timm.list_models())"
+        )
     options: dict[str, Any] = {"num_classes": 0, "pretrained": False}
     try:
         return timm.create_model(name, img_size=architecture.image_size, **options)
@@ -75,8 +77,8 @@ def build_backbone(architecture: Architecture) -> nn.Module:
 def _resnet(architecture: Architecture) -> nn.Module:
     block, layers = _RESNETS[architecture.name]
     width = architecture.width
-    network = ResNet(
-        block=block,
+    network: Any = ResNet(  # its parts are replaced below, by others than its annotations foresee
+        block=cast(Any, block),  # annotated as an instance, used as the class
         layers=layers,
         num_classes=0,
         channels=(width, 2 * width, 4 * width, 8 * width),
@@ -84,7 +86,7 @@ def _resnet(architecture: Architecture) -> nn.Module:
         # attack hardly takes hold, and what a victim does not learn cannot be found in it.
         zero_init_last=False,
     )
-    stem = network.bn1.num_features
+    stem: int = network.bn1.num_features
     if block is BasicBlock and width != stem:
         # timm's stem always has 64 channels, which would cost a narrow network more than all of its first stage.
         stem = width
@@ -98,4 +100,4 @@ def _resnet(architecture: Architecture) -> nn.Module:
         kernel, stride, padding = 7, 2, 3
     network.conv1 = nn.Conv2d(3, stem, kernel, stride, padding, bias=False)
     nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
-    return network
+    return cast(nn.Module, network)

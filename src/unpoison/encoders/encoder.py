@@ -73,7 +73,7 @@ class Encoder:
         if isinstance(network, nn.Module):
             network.eval().requires_grad_(False).to(self.device)
             if any(p.ndim == 4 for p in network.parameters()):
-                network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+                network.to(memory_format=torch.channels_last)
         shape = (1, 3, 1, 1)
         self._mean = torch.tensor(preprocessing.mean, device=self.device).view(shape)
         self._std = torch.tensor(preprocessing.std, device=self.device).view(shape)

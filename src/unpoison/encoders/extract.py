@@ -14,7 +14,12 @@ __all__ = ["extract_features", "raw_features"]
 
 
 def raw_features(
-    encoder: Encoder, pixels: Tensor, *, batch_size: int = 512, stage: str = "features", progress: Progress = silent
+    encoder: Encoder,
+    pixels: Tensor,
+    *,
+    batch_size: int = 512,
+    stage: str = "features",
+    progress: Progress = silent,
 ) -> Tensor:
     """Features as the network gives them.
 

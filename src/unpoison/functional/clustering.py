@@ -75,7 +75,9 @@ def kmeans(
         ConfigError: fewer images than clusters.
     """
     if not 1 <= n_clusters <= len(features):
-        raise ConfigError(f"{n_clusters} clusters for {len(features)} images: expected 1 to {len(features)}; lower --clusters")
+        raise ConfigError(
+            f"{n_clusters} clusters for {len(features)} images: expected 1 to {len(features)}; lower --clusters"
+        )
     centroids = _plus_plus(features, n_clusters, generator)
     assignment = torch.full((len(features),), -1, dtype=torch.int64, device=features.device)
     for iteration in range(iterations):
@@ -100,7 +102,9 @@ def _plus_plus(features: Tensor, n_clusters: int, generator: torch.Generator) ->
         distance[chosen[-1]] = 0
         cumulative = distance.cumsum(0)
         if cumulative[-1] > 0:
-            row = int(torch.searchsorted(cumulative, draws[k].to(cumulative.device) * cumulative[-1], right=True))
+            row = int(
+                torch.searchsorted(cumulative, draws[k].to(cumulative.device) * cumulative[-1], right=True)
+            )
         else:  # every image coincides with a start already: any row will do
             row = int(draws[k] * len(features))
         chosen.append(min(row, len(features) - 1))

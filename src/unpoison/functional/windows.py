@@ -8,7 +8,15 @@ from torch.nn import functional as F
 
 from unpoison.errors import ShapeError
 
-__all__ = ["attention_map", "crop_windows", "grid_masks", "hide", "hottest_windows", "paste_windows", "random_masks"]
+__all__ = [
+    "attention_map",
+    "crop_windows",
+    "grid_masks",
+    "hide",
+    "hottest_windows",
+    "paste_windows",
+    "random_masks",
+]
 
 
 def _positions(size: int, side: int, stride: int) -> list[int]:

@@ -24,7 +24,15 @@ from unpoison.errors import ConfigError, NothingToScanError, NoVerdictError
 from unpoison.pretrain.moco import MoCoV2
 from unpoison.pretrain.simclr import SimCLR
 from unpoison.records import Geometry, ImageSet
-from unpoison.runtime import Progress, autocast, choose_device, choose_precision, seeded, silent, stage_generator
+from unpoison.runtime import (
+    Progress,
+    autocast,
+    choose_device,
+    choose_precision,
+    seeded,
+    silent,
+    stage_generator,
+)
 
 __all__ = ["METHODS", "PretrainConfig", "TrainedEncoder", "pretrain"]
 
@@ -121,7 +129,8 @@ def pretrain(
         images: at least two; decoded at the side that the encoder shall have.
         config: method and settings.
         seed: of initialisation, order and views, one stream each.
-        device, precision: see `runtime`.
+        device: see `runtime.choose_device`.
+        precision: see `runtime.choose_precision`.
         checkpoint: a file that holds the state after each epoch; a run that finds its own state there goes on from
             it, another run's state is refused. Removed when training is complete.
         progress: called after every batch with the number of images seen.
@@ -141,7 +150,9 @@ def pretrain(
     )
     batch_size = min(config.batch_size, len(images))
     with seeded(seed, "pretrain/initialisation"):
-        module = _build(architecture, config, len(images), batch_size).to(on, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        module = _build(architecture, config, len(images), batch_size).to(
+            on, memory_format=torch.channels_last
+        )  # type: ignore[call-overload]
     method = cast(_Method, module)
     optimiser = torch.optim.SGD(
         _decay_groups(module, config.weight_decay),
@@ -171,7 +182,7 @@ def pretrain(
                     second.contiguous(memory_format=torch.channels_last),
                 )
             optimiser.zero_grad(set_to_none=True)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
             method.after_step()
             total += loss.detach()
@@ -197,7 +208,9 @@ def _measure_preprocessing(images: ImageSet) -> Preprocessing:
     red, green, blue = (round(v, 6) for v in mean)
     red_std, green_std, blue_std = (round(v, 6) for v in std)
     return Preprocessing(
-        geometry=Geometry(images.size, images.size), mean=(red, green, blue), std=(red_std, green_std, blue_std)
+        geometry=Geometry(images.size, images.size),
+        mean=(red, green, blue),
+        std=(red_std, green_std, blue_std),
     )
 
 
@@ -247,7 +260,8 @@ def _refuse_collapse(encoder: Encoder, images: ImageSet) -> None:
     spread = float(1 - features.mean(dim=0).norm() ** 2)
     if not spread > 1e-3:  # NaN counts as collapse
         raise NoVerdictError(
-            f"training collapsed: features differ by {spread:.1e} of their length; lower --learning-rate or train longer"
+            f"training collapsed: features differ by {spread:.1e} of their length; "
+            "lower --learning-rate or train longer"
         )
     encoder.images_shown = 0
 
@@ -265,9 +279,13 @@ class _Checkpoint:
         try:
             saved = torch.load(self.path, map_location="cpu", weights_only=True)
         except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
-            raise ConfigError(f"{self.path}: not a readable training state; delete it to start over") from error
-        if saved["run"] != self.run:
-            raise ConfigError(f"{self.path}: belongs to a run with other settings or images; delete it to start over")
+            raise ConfigError(
+                f"{self.path}: not a readable training state; delete it to start over"
+            ) from error
+        if not isinstance(saved, dict) or saved.get("run") != self.run:
+            raise ConfigError(
+                f"{self.path}: belongs to a run with other settings or images; delete it to start over"
+            )
         module.load_state_dict(saved["module"])
         optimiser.load_state_dict(saved["optimiser"])
         return tuple(saved["losses"])

@@ -1,4 +1,6 @@
-"""MoCo v2: a query attracts the key of its own image, made by a slowly moving copy of the network, and repels a queue of old keys.
+"""MoCo v2: a query attracts the key of its own image and repels a queue of old keys of other images.
+
+Keys are made by a slowly moving copy of the network.
 
 Paper: He et al., "Momentum Contrast", CVPR 2020; Chen et al., "Improved Baselines with Momentum Contrastive
 Learning", 2020. Batch shuffling is left out: on one device it cannot change any statistic of the batch.
@@ -21,7 +23,8 @@ def info_nce(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> T
     """Cross entropy of finding one's own key among the keys of the queue.
 
     Args:
-        query, key: (N, D) float32, unit length; row i of both shows the same image.
+        query: (N, D) float32, unit length.
+        key: likewise; row i of both shows the same image.
         queue: (Q, D) float32, unit length, keys of earlier images.
         temperature: T > 0.
 
@@ -86,7 +89,7 @@ class MoCoV2(nn.Module):
     def after_step(self) -> None:
         """Move the key network towards the query network, and put the newest keys over the oldest."""
         trained = [*self.backbone.parameters(), *self.projector.parameters()]
-        moving = [*self.key_backbone.parameters(), *self.key_projector.parameters()]
+        moving: list[Tensor] = [*self.key_backbone.parameters(), *self.key_projector.parameters()]
         torch._foreach_lerp_(moving, [p.detach() for p in trained], 1 - self.momentum)
         assert self._newest is not None, "after_step follows a forward pass"
         n = min(len(self._newest), len(self.queue))

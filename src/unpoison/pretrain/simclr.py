@@ -18,7 +18,8 @@ def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
     """Normalised temperature-scaled cross entropy over the 2N views of a batch.
 
     Args:
-        first, second: (N, D) float, embeddings of the two views; row i of both shows the same image.
+        first: (N, D) float, embeddings of the first views.
+        second: of the second views; row i of both shows the same image.
         temperature: T > 0.
 
     Returns:
@@ -46,7 +47,13 @@ class SimCLR(nn.Module):
     """
 
     def __init__(
-        self, backbone: nn.Module, feature_size: int, *, temperature: float = 0.5, hidden: int = 512, out: int = 128
+        self,
+        backbone: nn.Module,
+        feature_size: int,
+        *,
+        temperature: float = 0.5,
+        hidden: int = 512,
+        out: int = 128,
     ) -> None:
         super().__init__()
         self.backbone = backbone

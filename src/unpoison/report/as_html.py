@@ -19,7 +19,9 @@ _THUMBNAIL = 96  # pixels
 
 def as_html(report: Report) -> str:
     """The report as a page; a pure function of the record."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters["picture"] = _picture
     environment.filters["thumbnail"] = _thumbnail
     template = environment.from_string(
@@ -28,7 +30,11 @@ def as_html(report: Report) -> str:
     return template.render(report=report, word=_WORDS[report.verdict], scale=data_uri(_colour_bar()))
 
 
-_WORDS: dict[str, str] = {"poisoned": "Poisoned", "no_evidence": "No evidence", "inconclusive": "Inconclusive"}
+_WORDS: dict[str, str] = {
+    "poisoned": "Poisoned",
+    "no_evidence": "No evidence",
+    "inconclusive": "Inconclusive",
+}
 
 
 def _picture(picture: Picture) -> dict[str, Any]:

@@ -41,6 +41,13 @@ MOST_CANDIDATES = 20
 _THUMBNAIL, _PICTURE, _TRIGGER = 96, 144, 224  # smallest sides in pixels
 
 
+_CANDIDATE_FACTS = (
+    ("score", "poison_score", ".3g"),
+    ("cluster", "cluster", "d"),
+    ("probability", "poison_probability", ".0%"),
+)
+
+
 @dataclass(frozen=True)
 class Fact:
     """One line of a table: a name, a value, and what the value means."""
@@ -187,8 +194,8 @@ def make_report(
         command: that repeats the scan.
     """
     summary = result.summary
-    findings = result.findings.set_index("id", drop=False)
-    flagged = _by_suspicion(findings[findings["flagged"].fillna(False).astype(bool)])
+    findings = result.findings
+    flagged = _by_suspicion(findings[findings["flagged"].to_numpy(dtype="bool", na_value=False)])
     flagged_images, flagged_names = _flagged_images(flagged, result.evidence, images)
     skipped = findings[findings["skip_reason"].fillna("").astype(str) != ""]
     location, run = escape(location), escape(run)
@@ -209,12 +216,16 @@ def make_report(
         untested=untested,
         skipped=tuple(
             Fact(shorten(str(id)), escape(str(reason)))
-            for id, reason in zip(skipped["id"][:MOST_NAMES], skipped["skip_reason"][:MOST_NAMES], strict=True)
+            for id, reason in zip(
+                skipped["id"][:MOST_NAMES], skipped["skip_reason"][:MOST_NAMES], strict=True
+            )
         ),
         n_skipped=len(skipped),
         cost=_cost(summary),
         stages=_stages(summary),
-        settings=_facts(summary.get("config"), first={"seed": summary.get("seed"), "method": summary.get("method")}),
+        settings=_facts(
+            summary.get("config"), first={"seed": summary.get("seed"), "method": summary.get("method")}
+        ),
         versions=_facts(summary.get("versions")),
         command=escape(command),
     )
@@ -226,8 +237,10 @@ def make_report(
 def _headline(result: ScanResult, n_flagged: int) -> str:
     n_images = _count(result.summary.get("n_images", len(result.findings)))
     if result.verdict == "poisoned":
-        found = "a planted trigger" if len(result.triggers) == 1 else f"{len(result.triggers)} planted triggers"
-        return f"These images are poisoned: {found}, {_count(n_flagged)} of {n_images} images to remove."
+        n_triggers = len(result.triggers)
+        found = "a planted trigger was" if n_triggers == 1 else f"{n_triggers} planted triggers were"
+        flagged = f"{_count(n_flagged)} of {n_images} images are flagged"
+        return f"These images are poisoned: {found} confirmed, and {flagged}."
     if result.verdict == "no_evidence":
         return f"No evidence of a planted trigger in {n_images} images."
     return f"No answer: the scan of {n_images} images is inconclusive."
@@ -235,7 +248,11 @@ def _headline(result: ScanResult, n_flagged: int) -> str:
 
 def _meaning(result: ScanResult) -> str:
     alpha = result.summary.get("alpha")
-    rate = f" On clean images such an alarm is raised in at most {percent(alpha)} of scans." if _number(alpha) else ""
+    rate = (
+        f" On clean images such an alarm is raised in at most {percent(alpha)} of scans."
+        if isinstance(alpha, float)
+        else ""
+    )
     if result.verdict == "poisoned":
         return (
             "A small patch recurs in the images below, and the encoder has learned to obey it: pasted on pictures that "
@@ -259,7 +276,9 @@ def _meaning(result: ScanResult) -> str:
 def _next_steps(verdict: Verdict, location: str, run: str) -> tuple[Step, ...]:
     if verdict == "poisoned":
         return (
-            Step("Look at the trigger below. A watermark or a logo can act like one; you can tell them apart by eye."),
+            Step(
+                "Look at the trigger below. A watermark or a logo can act like one; you can tell them apart by eye."
+            ),
             Step(
                 "Write the data set without the flagged images; the source is not touched.",
                 f"unpoison clean {_quoted(location)} --run {_quoted(run)} --out CLEANED",
@@ -272,7 +291,9 @@ def _next_steps(verdict: Verdict, location: str, run: str) -> tuple[Step, ...]:
     if verdict == "no_evidence":
         return (
             Step("Nothing needs to be removed."),
-            Step("Read what was not tested. Where the images come from strangers, scan again whenever they change."),
+            Step(
+                "Read what was not tested. Where the images come from strangers, scan again whenever they change."
+            ),
         )
     return (
         Step("See below what was not examined, and why."),
@@ -285,13 +306,25 @@ def _next_steps(verdict: Verdict, location: str, run: str) -> tuple[Step, ...]:
 
 def _key_figures(summary: Mapping[str, Any], n_flagged: int) -> tuple[Fact, ...]:
     figures = [
-        Fact("images", _count(summary.get("n_images")), f"{_count(summary.get('n_skipped', 0))} could not be read"),
+        Fact(
+            "images",
+            _count(summary.get("n_images")),
+            f"{_count(summary.get('n_skipped', 0))} could not be read",
+        ),
         Fact("examined one by one", _count(summary.get("n_scored")), "the rest through their cluster"),
         Fact("flagged", _count(n_flagged), "on the list to remove"),
     ]
     if _number(summary.get("p_value")):
-        figures.append(Fact("p-value", _p_value(summary["p_value"]), f"alarm below {summary.get('alpha', '–')}"))
-    figures.append(Fact("time", _duration(summary.get("seconds")), f"{_count(summary.get('encoder_passes'))} encoder passes"))
+        figures.append(
+            Fact("p-value", _p_value(summary["p_value"]), f"alarm below {summary.get('alpha', '–')}")
+        )
+    figures.append(
+        Fact(
+            "time",
+            _duration(summary.get("seconds")),
+            f"{_count(summary.get('encoder_passes'))} encoder passes",
+        )
+    )
     return tuple(figures)
 
 
@@ -306,9 +339,15 @@ def _trigger_section(number: int, trigger: TriggerFinding, summary: Mapping[str,
         f"cluster {trigger.target_cluster}. The same patch with its pixels shuffled, at the same places, moved {moved}."
     )
     facts = (
-        Fact("moved by the patch", percent(trigger.flip_rate), "share of other images that change to the cluster"),
+        Fact(
+            "moved by the patch",
+            percent(trigger.flip_rate),
+            "share of other images that change to the cluster",
+        ),
         Fact("moved by the control", percent(trigger.control_rate), "same pixels, shuffled"),
-        Fact("p-value", _p_value(trigger.p_value), "chance of this result if the patch had no effect of note"),
+        Fact(
+            "p-value", _p_value(trigger.p_value), "chance of this result if the patch had no effect of note"
+        ),
         Fact("seen in", f"{_count(trigger.n_sources)} images", "distinct images that carry the patch"),
     )
     strongest = enlarge(as_pixels(trigger.patches[0]), _TRIGGER)
@@ -367,19 +406,18 @@ def _stages(summary: Mapping[str, Any]) -> tuple[Stage, ...]:
 
 
 def _candidates(evidence: Evidence, findings: pd.DataFrame) -> tuple[Candidate, ...]:
+    rows = {row["id"]: row for row in findings[findings["id"].isin(evidence.ids)].to_dict("records")}
     candidates = []
     for index, id in enumerate(evidence.ids[:MOST_CANDIDATES]):
         plain = as_pixels(evidence.pixels[index])
         heat = overlay(plain, evidence.attention[index].cpu().float().numpy())
         large, large_heat = enlarge(plain, _PICTURE), enlarge(heat, _PICTURE)
-        row = findings.loc[id] if id in findings.index else pd.Series(dtype=object)
+        row = rows.get(id, {})
         box = _box(row)
         if box is not None:
             large, large_heat = outline(large, box), outline(large_heat, box)
         facts = tuple(
-            Fact(name, text)
-            for name, key, style in (("score", "poison_score", ".3g"), ("cluster", "cluster", "d"), ("probability", "poison_probability", ".0%"))
-            if (text := _cell(row, key, style))
+            Fact(name, text) for name, key, style in _CANDIDATE_FACTS if (text := _cell(row, key, style))
         )
         flagged = bool(row.get("flagged", False))
         candidates.append(Candidate(id, shorten(id, 40), large, large_heat, facts, flagged))
@@ -393,14 +431,15 @@ def _flagged_images(
     if images is not None:
         wanted = set(flagged["id"])
         rows |= {id: (images.pixels, row) for row, id in enumerate(images.ids) if id in wanted}
-    shown, named = [], []
+    shown: list[FlaggedImage] = []
+    named: list[str] = []
     for id, row in zip(flagged["id"], flagged.to_dict("records"), strict=True):
         if id in rows and len(shown) < MOST_THUMBNAILS:
             pixels, index = rows[id]
             large = enlarge(as_pixels(pixels[index]), _THUMBNAIL)
             box = _box(row)
             picture = large if box is None else outline(large, box)
-            shown.append(FlaggedImage(id, shorten(id, 28), picture, _cell(row, "poison_probability", ".0%")))
+            shown.append(FlaggedImage(id, _tail(id), picture, _cell(row, "poison_probability", ".0%")))
         elif len(named) < MOST_NAMES:
             named.append(shorten(id))
     return tuple(shown), tuple(named)
@@ -412,7 +451,7 @@ def _by_suspicion(findings: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def _box(row: Mapping[str, Any] | pd.Series) -> Box | None:
+def _box(row: Mapping[Any, Any]) -> Box | None:
     values = [row.get(name) for name in ("box_x", "box_y", "box_w", "box_h")]
     if any(not _number(value) for value in values):
         return None
@@ -436,16 +475,22 @@ def shorten(name: str, most: int = 96) -> str:
     return f"{text[: most - tail - 1]}…{text[-tail:]}"
 
 
+def _tail(name: str, most: int = 16) -> str:
+    """The end of a name, which tells images of one folder or shard apart."""
+    text = escape(name)
+    return text if len(text) <= most else f"…{text[1 - most :]}"
+
+
 def percent(share: float) -> str:
     """A share in [0, 1] as people write it.
 
     >>> percent(0.714), percent(0.004), percent(0.0), percent(0.9996)
-    ('71 %', '0.4 %', '0 %', '99.96 %')
+    ('71%', '0.4%', '0%', '99.96%')
     """
     value = 100 * share
-    if 0 < value < 1 or 99 < value < 100:
-        return f"{value:.2g} %" if value < 1 else f"{value:.4g} %"
-    return f"{value:.0f} %"
+    if 0 < value < 1:
+        return f"{value:.2g}%"
+    return f"{value:.4g}%" if 99 < value < 100 else f"{value:.0f}%"
 
 
 def _p_value(p: float) -> str:
@@ -479,11 +524,11 @@ def _number(value: Any) -> bool:
         return False
 
 
-def _cell(row: Mapping[str, Any] | pd.Series, key: str, style: str) -> str:
+def _cell(row: Mapping[Any, Any], key: str, style: str) -> str:
     value = row.get(key)
     if not _number(value):
         return ""
-    return format(int(value) if style == "d" else float(value), style).replace("%", " %")  # type: ignore[arg-type]
+    return format(int(value) if style == "d" else float(value), style)  # type: ignore[arg-type]
 
 
 def _count(value: Any) -> str:

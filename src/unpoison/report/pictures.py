@@ -36,6 +36,7 @@ __all__ = [
 
 Pixels = NDArray[np.uint8]  # (H, W, 3), RGB
 
+
 @dataclass(frozen=True, eq=False)
 class Picture:
     """Pixels to show, and how many times they were repeated to be seen."""

@@ -40,7 +40,7 @@ class ScanConfig:
     masks: str = "grid"
     n_masks: int = 256
     fill: str = "mean"
-    score: str = "concentrated"
+    score: str = "directed"
     n_flips: int | None = None
     proposals: int = 1
     samples: int = 2
@@ -55,7 +55,7 @@ class ScanConfig:
             "attention": ("mask", "gradcam"),
             "masks": ("grid", "random"),
             "fill": ("mean", "black"),
-            "score": ("concentrated", "any", "source"),
+            "score": ("directed", "concentrated", "any", "source"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

@@ -1,0 +1,151 @@
+"""`unpoison pretrain`: images to encoder."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from unpoison.cli.options import (
+    Device,
+    FollowLinks,
+    Images,
+    Json,
+    Only,
+    Precision,
+    Quiet,
+    Root,
+    Seed,
+    Workers,
+)
+from unpoison.cli.screen import Screen, log_into, read_ids
+from unpoison.errors import ConfigError
+from unpoison.pretrain.loop import METHODS, PretrainConfig
+
+if TYPE_CHECKING:
+    from unpoison.data.sources import ImageSource
+
+__all__ = ["app", "usual_side"]
+
+_DEFAULT = PretrainConfig()
+_SIDES = (32, 48, 64, 96, 128, 160, 192, 224)
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command(
+    epilog="Example: unpoison pretrain moco-v2 images/ --out encoder.safetensors\n\n"
+    "Example: unpoison pretrain simclr images/ --out clean.safetensors --only run/clean.txt --epochs 40"
+)
+def pretrain(
+    method: Annotated[
+        str, typer.Argument(metavar="METHOD", help=f"{' or '.join(METHODS)}.", show_default=False)
+    ],
+    images: Images,
+    out: Annotated[
+        Path, typer.Option(metavar="ENC", help="The .safetensors file to write.", show_default=False)
+    ],
+    arch: Annotated[
+        str, typer.Option(help="resnet10, resnet18, resnet34, resnet50 or a timm model.")
+    ] = _DEFAULT.arch,
+    width: Annotated[int, typer.Option(help="Channels of the first ResNet stage.")] = _DEFAULT.width,
+    image_size: Annotated[
+        int | None,
+        typer.Option(metavar="PX", help="Side of the input; default: fits the images, at most 224.", min=8),
+    ] = None,
+    epochs: Annotated[int, typer.Option(help="Passes over the images.")] = _DEFAULT.epochs,
+    batch_size: Annotated[int, typer.Option(metavar="N", help="Images per step.")] = _DEFAULT.batch_size,
+    learning_rate: Annotated[
+        float, typer.Option(help="For a batch of 256; scales with it.")
+    ] = _DEFAULT.learning_rate,
+    only: Only = None,
+    root: Root = None,
+    follow_links: FollowLinks = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start over; replace ENC and forget a half-finished run.")
+    ] = False,
+    seed: Seed = 0,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    workers: Workers = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train an encoder on unlabelled images; no label is read.
+
+    A killed run goes on where it was when the same command is given again, and ends with the same weights.
+    """
+    screen = Screen(as_json=as_json, quiet=quiet)
+    config = dataclasses.replace(
+        _DEFAULT,
+        method=method,
+        arch=arch,
+        width=width,
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+    )
+    if out.exists() and not fresh:
+        raise ConfigError(f"{out} exists and is not overwritten: name another --out, or add --fresh")
+    if out.suffix != ".safetensors":
+        raise ConfigError(f"--out {out}: expected a name that ends in .safetensors")
+    ids = read_ids(only)
+    from unpoison.data.load import load_images
+    from unpoison.data.sources import open_source
+    from unpoison.encoders.checkpoints import save_encoder
+    from unpoison.pretrain.loop import pretrain as train
+    from unpoison.records import Geometry
+
+    state = out.with_name(f".{out.name}.state")
+    if fresh:
+        state.unlink(missing_ok=True)
+    source = open_source(images, root=root, follow_links=follow_links, only=ids)
+    side = image_size or usual_side(source)
+    with log_into(out.parent), screen.progress() as progress:
+        pixels = load_images(source, Geometry(side, side), workers=workers, seed=seed, progress=progress)
+        trained = train(
+            pixels, config, seed=seed, device=device, precision=precision, checkpoint=state, progress=progress
+        )
+        save_encoder(trained, out)
+    summary = {
+        "schema": 1,
+        "encoder": str(out),
+        "method": method,
+        "arch": arch,
+        "width": width,
+        "image_size": side,
+        "n_images": len(pixels),
+        "n_skipped": len(pixels.skipped),
+        "epochs": epochs,
+        "loss": trained.losses[-1],
+        "seed": seed,
+        "fingerprint": trained.fingerprint,
+    }
+    skipped = f", {len(pixels.skipped)} skipped" if pixels.skipped else ""
+    screen.finish(
+        summary,
+        f"{method} on {len(pixels)} images of {side} px{skipped}: "
+        f"loss {trained.losses[0]:.3f} to {trained.losses[-1]:.3f} in {epochs} epochs\n{out}",
+    )
+
+
+def usual_side(source: ImageSource, *, looked_at: int = 64) -> int:
+    """Input side that fits the images: the median short side of the first readable ones, rounded, at most 224."""
+    from unpoison.data.decode import decode_image, quiet_pillow
+    from unpoison.errors import DataError
+
+    sides: list[int] = []
+    with quiet_pillow():
+        for raw in source.stream():
+            if raw.data is not None:
+                try:
+                    sides.append(min(decode_image(raw.data).size))
+                except DataError:
+                    continue
+            if len(sides) == looked_at:
+                break
+    median = statistics.median(sides) if sides else _SIDES[0]
+    return min(_SIDES, key=lambda side: (abs(side - median), side))

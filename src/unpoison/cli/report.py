@@ -1,0 +1,44 @@
+"""`unpoison report`: report.html of a run, again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from unpoison.cli.options import Device, Json, Quiet, Seed
+from unpoison.cli.screen import Screen, log_into
+from unpoison.errors import ConfigError
+
+__all__ = ["app"]
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command(epilog="Example: unpoison report run\n\nExample: unpoison report run --json")
+def report(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Folder of a finished scan.", show_default=False)
+    ],
+    seed: Seed = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Render RUN/report.html again from what the run recorded; no image and no encoder is needed."""
+    screen = Screen(as_json=as_json, quiet=quiet)
+    if not (run / "verdict.json").is_file():
+        raise ConfigError(f"{run} holds no verdict.json: expected the folder of a finished `unpoison scan`")
+    from unpoison.report.as_text import as_text
+    from unpoison.report.document import make_report
+    from unpoison.report.folder import write_report
+    from unpoison.runs import load_result
+
+    with log_into(run):
+        result = load_result(run)
+        page = write_report(run, result)
+    summary = {**result.summary, "run": str(run), "report": str(page)}
+    screen.finish(
+        summary, lambda: f"{as_text(make_report(result, run=str(run)))}\n\n{result.verdict}: see {page}"
+    )

@@ -1,0 +1,215 @@
+"""`unpoison scan`: which images are poisoned?"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from unpoison.cli.options import (
+    BatchSize,
+    Device,
+    FollowLinks,
+    Fresh,
+    Images,
+    Json,
+    Only,
+    Precision,
+    Quiet,
+    Root,
+    Seed,
+    Workers,
+    batch_size_of,
+)
+from unpoison.cli.screen import Screen, log_into, read_ids
+from unpoison.scan.config import ScanConfig
+
+__all__ = ["EXIT_CODES", "app"]
+
+EXIT_CODES = {"no_evidence": 0, "poisoned": 1, "inconclusive": 4}
+
+_DEFAULT = ScanConfig()
+_SEARCH, _WHICH = "The search", "Which images"
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command(
+    epilog="Exit codes: 0 no evidence of poison · 1 poisoned · 2 wrong usage · 3 the run failed · 4 inconclusive, or "
+    "nothing could be scanned · 130 interrupted; the same command resumes.\n\n"
+    "Example: unpoison scan images/ --encoder encoder.safetensors --out run\n\n"
+    "Example: unpoison scan images/ --encoder timm:resnet18 --sample 20000 --json --out run > verdict.json"
+)
+def scan(
+    images: Images,
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            metavar="RUN",
+            help="Run folder; an earlier run in it is resumed or shown.",
+            show_default=False,
+        ),
+    ],
+    encoder: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ENC",
+            help="timm:NAME, torchvision:NAME or a file; default: train one on IMAGES first.",
+            show_default=False,
+        ),
+    ] = None,
+    arch: Annotated[
+        str | None, typer.Option(help="Architecture of a file that does not name its own.")
+    ] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(metavar="PX", help="Side of the encoder's input, where ENC does not say it.", min=8),
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Epochs of the pre-training when no encoder is given.", min=1)
+    ] = None,
+    exit_zero: Annotated[
+        bool, typer.Option("--exit-zero", help="Return 0 also when images are poisoned.")
+    ] = False,
+    fresh: Fresh = False,
+    method: Annotated[
+        str, typer.Option(help="poisoncam or patchsearch.", rich_help_panel=_SEARCH)
+    ] = _DEFAULT.method,
+    clusters: Annotated[
+        int | None,
+        typer.Option(
+            metavar="K",
+            help="Clusters of k-means; default: fits the number of images.",
+            rich_help_panel=_SEARCH,
+        ),
+    ] = _DEFAULT.clusters,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            metavar="PX",
+            help="Side of a trigger candidate; default: fits the image size.",
+            rich_help_panel=_SEARCH,
+        ),
+    ] = _DEFAULT.window,
+    attention: Annotated[
+        str, typer.Option(help="Where to look in an image: mask or gradcam.", rich_help_panel=_SEARCH)
+    ] = _DEFAULT.attention,
+    masks: Annotated[
+        str, typer.Option(help="grid, or random as published.", rich_help_panel=_SEARCH)
+    ] = _DEFAULT.masks,
+    n_masks: Annotated[
+        int, typer.Option(metavar="M", help="How many random masks.", rich_help_panel=_SEARCH)
+    ] = _DEFAULT.n_masks,
+    score: Annotated[
+        str,
+        typer.Option(help="concentrated, any (PoisonCAM) or source (PatchSearch).", rich_help_panel=_SEARCH),
+    ] = _DEFAULT.score,
+    top_k: Annotated[
+        int, typer.Option(help="Patches that train the last classifier.", rich_help_panel=_SEARCH)
+    ] = _DEFAULT.top_k,
+    alpha: Annotated[
+        float, typer.Option(help="Allowed false-alarm rate of the verdict.", rich_help_panel=_SEARCH)
+    ] = _DEFAULT.alpha,
+    faithful: Annotated[
+        bool,
+        typer.Option("--faithful", help="The method exactly as published; slower.", rich_help_panel=_SEARCH),
+    ] = _DEFAULT.faithful,
+    root: Root = None,
+    follow_links: FollowLinks = False,
+    only: Only = None,
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", help="Only the first N images.", rich_help_panel=_WHICH)
+    ] = None,
+    sample: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Only N images, drawn by the seed.", rich_help_panel=_WHICH),
+    ] = None,
+    min_coverage: Annotated[
+        float,
+        typer.Option(
+            help="Share of readable images below which the verdict is inconclusive.", rich_help_panel=_WHICH
+        ),
+    ] = 0.99,
+    seed: Seed = 0,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    batch_size: BatchSize = "auto",
+    workers: Workers = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Find poisoned images in an unlabelled image set.
+
+    Looks for a small patch that recurs in the images and that an encoder has learned to obey, tests each finding on
+    images that the search never saw, and writes a verdict, the list of images to keep, the trigger as a picture, and a
+    report for people to RUN.
+    """
+    screen = Screen(as_json=as_json, quiet=quiet)
+    config = ScanConfig(
+        method=method,
+        clusters=clusters,
+        window=window,
+        attention=attention,
+        masks=masks,
+        n_masks=n_masks,
+        score=score,
+        top_k=top_k,
+        alpha=alpha,
+        faithful=faithful,
+    )
+    size = batch_size_of(batch_size)
+    ids = read_ids(only)
+    # Torch comes in here: usage errors above are answered at once.
+    from unpoison import pipeline
+    from unpoison.encoders.checkpoints import load_encoder
+    from unpoison.pretrain.loop import PretrainConfig
+
+    more: dict[str, Any] = {}
+    chosen: Any = encoder
+    if encoder is None:
+        screen.note("no --encoder: training one on the images first, then scanning with it")
+        if epochs is not None:
+            more["pretrain_config"] = PretrainConfig(epochs=epochs)
+        if image_size is not None:
+            more["image_size"] = image_size
+    elif arch is not None or image_size is not None:
+        chosen = load_encoder(encoder, arch=arch, image_size=image_size, device=device, precision=precision)
+    with log_into(out), screen.progress() as progress:
+        result = pipeline.scan(
+            images,
+            chosen,
+            config=config,
+            out=out,
+            seed=seed,
+            device=device,
+            precision=precision,
+            batch_size=size,
+            workers=workers,
+            root=root,
+            follow_links=follow_links,
+            only=ids,
+            limit=limit,
+            sample=sample,
+            min_coverage=min_coverage,
+            fresh=fresh,
+            progress=progress,
+            **more,
+        )
+    page = out / "report.html"
+    screen.finish(
+        {**result.summary, "run": str(out), "report": str(page)}, lambda: _text(result, images, out, page)
+    )
+    raise typer.Exit(0 if exit_zero and result.verdict == "poisoned" else EXIT_CODES[result.verdict])
+
+
+def _text(result: Any, images: Path, out: Path, page: Path) -> str:
+    from unpoison.report.as_text import as_text
+    from unpoison.report.document import make_report
+
+    command = shlex.join(["unpoison", *sys.argv[1:]])
+    report = make_report(result, location=str(images), run=str(out), command=command)
+    return f"{as_text(report)}\n\n{result.verdict}: see {page}"

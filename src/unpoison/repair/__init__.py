@@ -1,0 +1,1 @@
+"""Findings to clean data, or to a clean encoder."""

@@ -1,0 +1,134 @@
+"""JSON schemas of what unpoison writes; additive within a schema number."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["SCHEMAS"]
+
+_DIALECT = "https://json-schema.org/draft/2020-12/schema"
+
+
+def _object(properties: dict[str, Any], *, optional: tuple[str, ...] = (), **more: Any) -> dict[str, Any]:
+    required = [name for name in properties if name not in optional]
+    return {"type": "object", "required": required, "properties": properties, **more}
+
+
+def _said(kind: str | list[str], description: str, **more: Any) -> dict[str, Any]:
+    return {"type": kind, "description": description, **more}
+
+
+def _count(description: str, **more: Any) -> dict[str, Any]:
+    return _said("integer", description, minimum=0, **more)
+
+
+def _share(description: str) -> dict[str, Any]:
+    return _said("number", description, minimum=0, maximum=1)
+
+
+_VERDICT = _object(
+    {
+        "schema": {"const": 1},
+        "verdict": {"enum": ["poisoned", "no_evidence", "inconclusive"]},
+        "method": _said("string", "The method that searched."),
+        "alpha": _said("number", "Allowed false-alarm rate.", exclusiveMinimum=0, exclusiveMaximum=0.5),
+        "p_value": _said(
+            ["number", "null"], "Of the best finalist; null when nothing reached the confirmation."
+        ),
+        "n_images": _count("All images that the source named: n_scored + n_unscored + n_skipped."),
+        "n_scored": _count("Examined one by one."),
+        "n_unscored": _count("Readable, but never a candidate; not the same as innocent."),
+        "n_skipped": _count("Could not be read."),
+        "n_flagged": _count("On the list to remove."),
+        "triggers": {
+            "type": "array",
+            "items": _object(
+                {
+                    "target_cluster": _count("Where images go that carry the patch."),
+                    "flip_rate": _share("Of images that the search never saw."),
+                    "control_rate": _share("The same for the shuffled patch."),
+                    "n_sources": _count("Distinct images that carry it."),
+                    "image": _said("string", "Picture, relative to the run folder."),
+                }
+            ),
+        },
+        "scope": {"description": "What was and what was not tested."},
+        "encoder_passes": _count("Images that the encoder was shown."),
+        "seconds": _said("number", "Wall clock.", minimum=0),
+        "config": _said("object", "Resolved settings."),
+        "seed": _said("integer", "Determines every draw."),
+        "versions": _said("object", "Of unpoison and its libraries."),
+    },
+)
+
+_FINDINGS = _object(
+    {
+        "id": _said("string", "Relative path, or shard:row."),
+        "cluster": _said(["integer", "null"], "k-means cluster; null when skipped."),
+        "scored": _said("boolean", "Whether it was examined one by one."),
+        "poison_score": _said(["number", "null"], "Higher is more suspicious; null when not scored."),
+        "box_x": _said(["integer", "null"], "Left edge of the window, encoder-input pixels."),
+        "box_y": _said(["integer", "null"], "Top edge."),
+        "box_w": _said(["integer", "null"], "Width."),
+        "box_h": _said(["integer", "null"], "Height."),
+        "poison_probability": _said(["number", "null"], "Of the classifier; null when it was not trained."),
+        "flagged": _said("boolean", "On the list to remove."),
+        "skip_reason": _said(["string", "null"], "Why it could not be examined."),
+    }
+)
+
+_BOX = _object({name: _count(f"{name}, pixels of the stored image") for name in ("x", "y", "w", "h")})
+
+_PLAN = _object(
+    {
+        "schema": {"const": 1},
+        "method": _said("string", "Name of the attack."),
+        "seed": _said("integer", "Determines every draw."),
+        "config": _said("object", "The attack's settings."),
+        "counts": _object({"n_images": _count("Images in the poisoned set.")}),
+        "triggers": {
+            "type": "array",
+            "minItems": 1,
+            "items": _object(
+                {
+                    "name": _said("string", "seed:N, or a file name."),
+                    "target": _object(
+                        {"name": _said("string", "Target class."), "index": _count("Its number.")}
+                    ),
+                    "side": _said(
+                        ["integer", "null"], "Paste width in pixels; null = 50/224 of the short side."
+                    ),
+                    "resample": {"enum": ["nearest", "bilinear", "bicubic"]},
+                    "png": _said("string", "The pattern, PNG in base64."),
+                    "n_class": _count("Images of the target class."),
+                }
+            ),
+        },
+        "poisoned": {
+            "type": "array",
+            "items": _object(
+                {
+                    "id": _said("string", "As the poisoned source names it."),
+                    "trigger": _count("Index into triggers."),
+                    "box": _BOX,
+                    "width": _said("integer", "Of the stored image.", minimum=1),
+                    "height": _said("integer", "Of the stored image.", minimum=1),
+                }
+            ),
+        },
+        "skipped": {
+            "type": "array",
+            "items": _object({"id": _said("string", "Id."), "reason": _said("string", "Why.")}),
+        },
+    }
+)
+
+SCHEMAS: dict[str, dict[str, Any]] = {
+    name: {"$schema": _DIALECT, "title": title, **schema}
+    for name, title, schema in (
+        ("verdict", "verdict.json", _VERDICT),
+        ("findings", "One row of findings.parquet", _FINDINGS),
+        ("plan", "plan.json", _PLAN),
+    )
+}
+"""Name to schema, JSON Schema draft 2020-12."""

@@ -1,0 +1,1 @@
+"""Which images are poisoned? Every method gives the same kind of result."""

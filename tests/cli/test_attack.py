@@ -1,0 +1,54 @@
+import json
+
+from unpoison.attack.plan import read_plan
+
+
+def test_a_copy_and_its_answer_key_are_written(run, image_folder, tmp_path):
+    out = tmp_path / "poisoned"
+    done = run(
+        "attack", "patch", image_folder, "--out", out, "--target", "cat", "--size", 4, "--rate", 1, "--json"
+    )
+    assert done.exit_code == 0, done.output
+    value = json.loads(done.stdout)
+    plan = read_plan(out / "plan.json")
+    assert value["n_poisoned"] == len(plan.poisoned) == 3 and value["n_images"] == 6
+    assert len(list(out.rglob("*.png"))) == 6
+
+
+def test_pairs_are_repeated_options(run, image_folder, tmp_path):
+    out = tmp_path / "poisoned"
+    pairs = ["--target", "cat", "--trigger", "seed:1", "--target", "dog", "--trigger", "seed:2"]
+    done = run("attack", "patch", image_folder, "--out", out, *pairs, "--size", 4)
+    assert done.exit_code == 0, done.output
+    assert [(t.name, t.target_name) for t in read_plan(out / "plan.json").triggers] == [
+        ("seed:1", "cat"),
+        ("seed:2", "dog"),
+    ]
+    assert "2 of 3 images of class cat carry seed:1" in done.stdout
+
+
+def test_all_pastes_on_every_image(run, image_folder, tmp_path):
+    done = run(
+        "attack",
+        "patch",
+        image_folder,
+        "--out",
+        tmp_path / "p",
+        "--target",
+        "cat",
+        "--size",
+        4,
+        "--all",
+        "--json",
+    )
+    assert json.loads(done.stdout)["n_poisoned"] == 6
+
+
+def test_odd_pairs_and_used_folders_are_refused(run, image_folder, tmp_path):
+    out = tmp_path / "poisoned"
+    done = run("attack", "patch", image_folder, "--out", out, "--target", "cat", "--target", "dog")
+    assert done.exit_code == 2 and "2 targets and 1 triggers" in done.stderr
+    out.mkdir()
+    (out / "mine.txt").touch()
+    done = run("attack", "patch", image_folder, "--out", out, "--target", "cat", "--size", 4)
+    assert done.exit_code == 2 and "nothing is overwritten" in done.stderr

@@ -1,0 +1,55 @@
+import json
+
+import pytest
+
+from unpoison.cli.pretrain import usual_side
+from unpoison.data.sources import open_source
+
+TINY = ("--epochs", 1, "--batch-size", 4, "--width", 4, "--image-size", 16)
+
+
+def test_an_encoder_is_written_and_never_overwritten(run, image_folder, tmp_path):
+    out = tmp_path / "encoder.safetensors"
+    done = run("pretrain", "simclr", image_folder, "--out", out, *TINY, "--json", "--quiet")
+    assert done.exit_code == 0, done.output
+    value = json.loads(done.stdout)
+    assert (value["n_images"], value["image_size"], value["epochs"]) == (6, 16, 1) and out.is_file()
+    assert [path.name for path in tmp_path.iterdir() if "state" in path.name] == []
+    before = out.read_bytes()
+    done = run("pretrain", "simclr", image_folder, "--out", out, *TINY)
+    assert done.exit_code == 2 and "exists and is not overwritten" in done.stderr
+    assert run("pretrain", "simclr", image_folder, "--out", out, *TINY, "--fresh").exit_code == 0
+    assert out.read_bytes() == before
+
+
+def test_only_listed_images_are_used(run, image_folder, tmp_path):
+    only = tmp_path / "clean.txt"
+    only.write_text("cat/0.png\ncat/1.png\ndog/0.png\n")
+    out = tmp_path / "encoder.safetensors"
+    done = run("pretrain", "moco-v2", image_folder, "--out", out, *TINY, "--only", only, "--json")
+    assert json.loads(done.stdout)["n_images"] == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("byol",), "method 'byol': expected moco-v2 or simclr"),
+        (("simclr", "--epochs", "0"), "epochs=0: expected a larger whole number"),
+        (("simclr", "--out", "encoder.pth"), "expected a name that ends in .safetensors"),
+    ],
+)
+def test_bad_settings_are_2(run, image_folder, tmp_path, arguments, message):
+    method, *more = arguments
+    out = () if "--out" in more else ("--out", tmp_path / "encoder.safetensors")
+    done = run("pretrain", method, image_folder, *out, *more)
+    assert done.exit_code == 2 and message in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("size", "side"), [((24, 16), 32), ((70, 60), 64), ((300, 500), 224), ((90, 200), 96)]
+)
+def test_the_input_side_fits_the_images(picture, tmp_path, size, side):
+    for row in range(3):
+        picture(row, *size).save(tmp_path / f"{row}.png")
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    assert usual_side(open_source(tmp_path)) == side

@@ -1,0 +1,175 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from fakes import fake_result
+from unpoison.scan.config import ScanConfig
+
+
+@pytest.fixture
+def scanning(replace_module):
+    """Make `unpoison.pipeline.scan` give a result, or raise; returns the calls that it got."""
+
+    def prepare(outcome):
+        calls = []
+
+        def scan(images, encoder=None, **options):
+            calls.append({"images": images, "encoder": encoder, **options})
+            options["out"].mkdir(exist_ok=True)
+            if isinstance(outcome, BaseException):
+                raise outcome
+            options["progress"]("search", 1, 2)
+            return outcome
+
+        replace_module("pipeline", scan=scan)
+        return calls
+
+    return prepare
+
+
+@pytest.mark.parametrize(
+    ("verdict", "more", "code"),
+    [
+        ("no_evidence", [], 0),
+        ("poisoned", [], 1),
+        ("poisoned", ["--exit-zero"], 0),
+        ("inconclusive", [], 4),
+        ("inconclusive", ["--exit-zero"], 4),
+    ],
+)
+def test_the_verdict_is_the_exit_code(run, scanning, image_folder, tmp_path, verdict, more, code):
+    scanning(fake_result(verdict))
+    done = run("scan", image_folder, "--out", tmp_path / "run", *more)
+    assert done.exit_code == code
+    assert done.stdout.splitlines()[-1] == f"{verdict}: see {tmp_path / 'run' / 'report.html'}"
+    assert "unpoison: search: 1 of 2" in done.stderr
+
+
+def test_json_is_alone_on_stdout(run, scanning, image_folder, tmp_path):
+    scanning(fake_result())
+    done = run("scan", image_folder, "--out", tmp_path / "run", "--json")
+    value = json.loads(done.stdout)
+    assert value["verdict"] == "poisoned" and value["report"] == str(tmp_path / "run" / "report.html")
+
+
+def test_quiet_prints_nothing_at_all(run, scanning, image_folder, tmp_path):
+    scanning(fake_result())
+    done = run("scan", image_folder, "--out", tmp_path / "run", "--quiet")
+    assert (done.exit_code, done.stdout, done.stderr) == (1, "", "")
+
+
+def test_defaults_are_those_of_the_config(run, scanning, image_folder, tmp_path):
+    calls = scanning(fake_result())
+    run("scan", image_folder, "--out", tmp_path / "run")
+    (call,) = calls
+    assert call["config"] == ScanConfig()
+    assert (call["images"], call["encoder"], call["seed"], call["device"]) == (image_folder, None, 0, "auto")
+    assert call["batch_size"] is None and call["fresh"] is False and call["min_coverage"] == 0.99
+
+
+def test_every_option_reaches_the_scan(run, scanning, image_folder, tmp_path):
+    calls = scanning(fake_result())
+    only = tmp_path / "only.txt"
+    only.write_text("cat/0.png\n")
+    options = (
+        "--clusters 30 --window 9 --masks random --n-masks 64 --attention gradcam --score any --top-k 10"
+    )
+    options += (
+        " --alpha 0.05 --method patchsearch --root r --follow-links --limit 5 --min-coverage 0.5 --fresh"
+    )
+    options += " --seed 3 --device cpu --precision fp32 --batch-size 64 --workers 2"
+    done = run("scan", image_folder, "--out", tmp_path / "run", *options.split(), "--only", only)
+    assert done.exit_code == 1, done.output
+    (call,) = calls
+    assert call["config"] == ScanConfig(
+        method="patchsearch",
+        clusters=30,
+        window=9,
+        masks="random",
+        n_masks=64,
+        attention="gradcam",
+        score="any",
+        top_k=10,
+        alpha=0.05,
+    )
+    wanted = {
+        "root": Path("r"),
+        "follow_links": True,
+        "limit": 5,
+        "min_coverage": 0.5,
+        "fresh": True,
+        "seed": 3,
+    }
+    wanted |= {"device": "cpu", "precision": "fp32", "batch_size": 64, "workers": 2, "only": ("cat/0.png",)}
+    assert {name: call[name] for name in wanted} == wanted
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--alpha", "2"], "alpha=2.0: expected a false-alarm rate"),
+        (["--method", "magic"], "method='magic': expected poisoncam or patchsearch"),
+        (["--batch-size", "few"], "--batch-size few: expected auto"),
+        (["--only", "missing.txt"], "--only missing.txt cannot be read"),
+    ],
+)
+def test_a_bad_setting_is_2_and_one_line(run, image_folder, tmp_path, options, message):
+    done = run("scan", image_folder, "--out", tmp_path / "run", *options)
+    assert done.exit_code == 2 and message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_the_run_folder_is_required(run, image_folder):
+    assert run("scan", image_folder).exit_code == 2
+
+
+def test_an_unforeseen_error_is_logged_in_the_run_folder(run, scanning, image_folder, tmp_path):
+    scanning(ZeroDivisionError("surprise"))
+    done = run("scan", image_folder, "--out", tmp_path / "run")
+    assert done.exit_code == 3 and str(tmp_path / "run" / "log.txt") in done.stderr
+    assert "ZeroDivisionError: surprise" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_an_interrupt_is_130(run, scanning, image_folder, tmp_path):
+    scanning(KeyboardInterrupt())
+    assert run("scan", image_folder, "--out", tmp_path / "run").exit_code == 130
+
+
+def test_ids_cannot_steer_the_terminal(run, scanning, image_folder, tmp_path):
+    ids = ["\x1b[2J.png", *map(str, range(39))]
+    scanning(fake_result(ids=ids, skipped={"\x9bx": "\x07"}))
+    done = run("scan", image_folder, "--out", tmp_path / "run")
+    assert all(c in "\n\u202f" or c.isprintable() for c in done.output)
+
+
+def test_an_encoder_is_a_reference_and_is_loaded_here_only_when_it_needs_help(
+    run, scanning, image_folder, tmp_path, monkeypatch
+):
+    calls = scanning(fake_result())
+    loads = []
+    monkeypatch.setattr(
+        "unpoison.encoders.checkpoints.load_encoder",
+        lambda name, **options: loads.append((name, options)) or "loaded",
+    )
+    run("scan", image_folder, "--out", tmp_path / "run", "--encoder", "timm:resnet18")
+    run(
+        "scan",
+        image_folder,
+        "--out",
+        tmp_path / "run",
+        "--encoder",
+        "a.pth",
+        "--arch",
+        "resnet18",
+        "--image-size",
+        64,
+    )
+    assert [call["encoder"] for call in calls] == ["timm:resnet18", "loaded"]
+    assert loads == [("a.pth", {"arch": "resnet18", "image_size": 64, "device": "auto", "precision": "auto"})]
+
+
+def test_without_an_encoder_it_says_that_it_trains_one(run, scanning, image_folder, tmp_path):
+    calls = scanning(fake_result())
+    done = run("scan", image_folder, "--out", tmp_path / "run", "--epochs", 7, "--image-size", 32)
+    assert "no --encoder: training one on the images first" in done.stderr
+    assert calls[0]["pretrain_config"].epochs == 7 and calls[0]["image_size"] == 32

@@ -1,0 +1,728 @@
+"""Encoders from files and names: every known layout, and everything that must be refused."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import pickle
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from unpoison.data.views import ViewConfig
+from unpoison.encoders import checkpoints
+from unpoison.encoders.backbones import Architecture, build_backbone
+from unpoison.encoders.checkpoints import ENCODER_SCHEMA, as_encoder, load_encoder, save_encoder
+from unpoison.encoders.encoder import Encoder, Preprocessing
+from unpoison.errors import CheckpointError, ConfigError
+from unpoison.pretrain.loop import PretrainConfig, TrainedEncoder
+from unpoison.records import Geometry
+from unpoison.runtime import seeded
+
+State = dict[str, Any]
+
+
+def backbone(name: str = "resnet10", size: int = 32, seed: int = 1) -> nn.Module:
+    with seeded(seed, "test"):
+        architecture = Architecture(name=name, image_size=size, width=8, stem_stride=1 if size < 96 else None)
+        network = build_backbone(architecture)
+        for parameter in network.parameters():  # fresh norm layers are all ones, which would hide a mix-up
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return network.eval()
+
+
+def load(path: Path | str, **options: Any) -> Encoder:
+    return load_encoder(path, device="cpu", precision="fp32", **options)
+
+
+def tiny(path: Path | str, **options: Any) -> Encoder:
+    return load(path, **({"arch": "resnet10", "width": 8} | options))
+
+
+def pixels(size: int = 32) -> Tensor:
+    return torch.randint(
+        0, 256, (2, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+
+
+def prefixed(state: State, prefix: str) -> State:
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+def head(prefix: str) -> State:
+    return {f"{prefix}.0.weight": torch.ones(4, 64), f"{prefix}.0.bias": torch.ones(4)}
+
+
+def same_weights(encoder: Encoder, network: nn.Module) -> bool:
+    assert isinstance(encoder.network, nn.Module)
+    loaded, original = encoder.network.state_dict(), network.state_dict()
+    return loaded.keys() == original.keys() and all(torch.equal(loaded[k], original[k]) for k in loaded)
+
+
+# --- Our own files ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained() -> TrainedEncoder:
+    architecture = Architecture(name="resnet10", image_size=16, width=8, stem_stride=2)
+    with seeded(0, "trained"):
+        network = build_backbone(architecture)
+    preprocessing = Preprocessing(geometry=Geometry(16, 16), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    encoder = Encoder(network, preprocessing, device="cpu", precision="fp32")
+    config = PretrainConfig(width=8, stem_stride=2, views=ViewConfig(crop=0.5))
+    return TrainedEncoder(encoder, architecture, (2.0, 1.5), config, 7, "images")
+
+
+def test_an_encoder_comes_back_as_it_was(trained: TrainedEncoder, tmp_path: Path) -> None:
+    path = tmp_path / "new" / "encoder.safetensors"
+    save_encoder(trained, path)
+    loaded = load(path)
+    assert torch.equal(loaded.features(pixels(16)), trained.encoder.features(pixels(16)))
+    assert loaded.preprocessing == trained.encoder.preprocessing
+    assert loaded.name == "encoder.safetensors (moco-v2 resnet10)"
+    assert len(loaded.fingerprint) == 64
+    assert [p.name for p in path.parent.iterdir()] == ["encoder.safetensors"]
+
+
+def test_a_saved_encoder_says_how_it_was_made(trained: TrainedEncoder, tmp_path: Path) -> None:
+    path = tmp_path / "encoder.safetensors"
+    save_encoder(trained, path)
+    with safetensors.safe_open(path, framework="pt") as file:
+        metadata = {key: json.loads(value) for key, value in file.metadata().items()}
+    assert metadata["schema"] == ENCODER_SCHEMA
+    assert metadata["architecture"] == {
+        "name": "resnet10",
+        "image_size": 16,
+        "width": 8,
+        "stem_stride": 2,
+    }
+    assert metadata["preprocessing"]["geometry"] == {"size": 16, "resize": 16, "interpolation": "bilinear"}
+    assert metadata["preprocessing"]["std"] == [0.4, 0.5, 0.6]
+    assert (metadata["method"], metadata["seed"], metadata["fingerprint"]) == ("moco-v2", 7, "images")
+    assert metadata["losses"] == [2.0, 1.5] and metadata["config"]["views"]["crop"] == 0.5
+    assert set(metadata["versions"]) == {"python", "torch", "timm"}
+
+
+def test_the_same_encoder_gives_the_same_bytes(trained: TrainedEncoder, tmp_path: Path) -> None:
+    for name in "ab":
+        save_encoder(trained, tmp_path / f"{name}.safetensors")
+    first, second = ((tmp_path / f"{name}.safetensors").read_bytes() for name in "ab")
+    assert first == second
+    header = json.loads(first[8 : 8 + int.from_bytes(first[:8], "little")])
+    assert list(header["__metadata__"]) == sorted(header["__metadata__"])
+
+
+def test_a_failed_write_keeps_the_earlier_file_and_leaves_nothing(
+    trained: TrainedEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "encoder.safetensors"
+    path.write_bytes(b"earlier")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(CheckpointError, match="the encoder cannot be written .No space left on device."):
+        save_encoder(trained, path)
+    assert path.read_bytes() == b"earlier" and list(tmp_path.iterdir()) == [path]
+
+
+def test_another_suffix_is_refused(trained: TrainedEncoder, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="an encoder is written as .safetensors; end the name so"):
+        save_encoder(trained, tmp_path / "encoder.pth")
+
+
+def rewritten(path: Path, **changes: str | None) -> Path:
+    """The same file with other metadata; None removes a key."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        metadata = dict(file.metadata())
+    metadata = {k: v for k, v in (metadata | changes).items() if v is not None}
+    other = path.with_name("other.safetensors")
+    safetensors.torch.save_file(safetensors.torch.load_file(path), other, metadata)
+    return other
+
+
+ARCHITECTURE = {"name": "resnet10", "image_size": 16, "width": 8, "stem_stride": 2}
+PREPROCESSING: State = {
+    "geometry": {"size": 16, "resize": 16},
+    "mean": [0.5, 0.5, 0.5],
+    "std": [0.2, 0.2, 0.2],
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"schema": '"unpoison/encoder/9"'},
+            "schema 'unpoison/encoder/9', this version reads 'unpoison/encoder/1'",
+        ),
+        ({"schema": "unpoison/"}, "metadata's 'schema' is not JSON"),
+        ({"architecture": None}, "metadata has no 'architecture'"),
+        ({"architecture": "{"}, "metadata's 'architecture' is not JSON"),
+        ({"architecture": "[" * 100_000}, "metadata's 'architecture' is not JSON"),
+        ({"architecture": "[]"}, "metadata's architecture: "),
+        ({"architecture": json.dumps(ARCHITECTURE | {"image_size": 10**9})}, "expected 8 to 1024 pixels"),
+        ({"architecture": json.dumps(ARCHITECTURE | {"width": 10**9})}, "expected 4 to 512 channels"),
+        (
+            {"architecture": json.dumps(ARCHITECTURE | {"width": "wide"})},
+            "architecture.width: Input should be a valid int",
+        ),
+        (
+            {"preprocessing": json.dumps(PREPROCESSING | {"std": [1, 1]})},
+            "preprocessing.std.2: Field required",
+        ),
+        (
+            {"preprocessing": json.dumps(PREPROCESSING | {"std": [1, 1, 0]})},
+            "expected three positive numbers",
+        ),
+        (
+            {"preprocessing": json.dumps(PREPROCESSING | {"mean": [0, 0, float("nan")]})},
+            "its description contradicts itself",
+        ),
+        (
+            {"preprocessing": json.dumps(PREPROCESSING | {"geometry": {"size": 32, "resize": 32}})},
+            "contradicts itself",
+        ),
+        (
+            {"preprocessing": json.dumps(PREPROCESSING | {"geometry": {"size": 16, "resize": 99}})},
+            "contradicts itself",
+        ),
+        ({"method": "[1]"}, "contradicts itself"),
+    ],
+)
+def test_a_malformed_description_is_refused_in_one_line(
+    trained: TrainedEncoder, tmp_path: Path, changes: dict[str, str | None], message: str
+) -> None:
+    save_encoder(trained, tmp_path / "encoder.safetensors")
+    path = rewritten(tmp_path / "encoder.safetensors", **changes)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load(path)
+    assert "\n" not in str(caught.value) and "other.safetensors" in str(caught.value)
+
+
+def test_a_file_that_lies_about_its_size_costs_no_memory(
+    trained: TrainedEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_encoder(trained, tmp_path / "encoder.safetensors")
+    path = rewritten(
+        tmp_path / "encoder.safetensors",
+        architecture=json.dumps(ARCHITECTURE | {"name": "resnet50", "width": 512}),
+    )
+    devices: list[str] = []
+    build = build_backbone
+
+    def watched(architecture: Architecture) -> nn.Module:
+        network = build(architecture)
+        devices.append(next(network.parameters()).device.type)
+        return network
+
+    monkeypatch.setattr(checkpoints, "build_backbone", watched)
+    with pytest.raises(CheckpointError, match="weights of resnet50 are missing"):
+        load(path)
+    assert devices == ["meta"]
+
+
+def test_options_that_contradict_the_file_are_refused(trained: TrainedEncoder, tmp_path: Path) -> None:
+    path = tmp_path / "encoder.safetensors"
+    save_encoder(trained, path)
+    assert load(path, arch="resnet10", image_size=16, mean=(0.1, 0.2, 0.3)).fingerprint
+    for options, message in (
+        ({"arch": "resnet18"}, "arch='resnet18', but the file says 'resnet10'; leave the option out"),
+        ({"image_size": 32}, "image_size=32, but the file says 16"),
+        ({"std": (1.0, 1.0, 1.0)}, r"std=\(1.0, 1.0, 1.0\), but the file says \(0.4"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load(path, **options)
+
+
+# --- Other people's files --------------------------------------------------------------------------------------------
+
+NUMBERS_WITH_POOL = {"conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5", "layer3": "6", "layer4": "7"}
+NUMBERS_WITHOUT_POOL = {"conv1": "0", "bn1": "1", "layer1": "3", "layer2": "4", "layer3": "5", "layer4": "6"}
+
+
+def numbered(state: State, numbers: dict[str, str]) -> State:
+    return {f"{numbers[name.partition('.')[0]]}.{name.partition('.')[2]}": t for name, t in state.items()}
+
+
+LAYOUTS: dict[str, Callable[[State, State], Any]] = {
+    "plain": lambda state, _: state | {"fc.weight": torch.ones(10, 64), "fc.bias": torch.ones(10)},
+    "moco v2": lambda state, other: {
+        "epoch": 200,
+        "state_dict": prefixed(other, "module.encoder_k.")
+        | prefixed(state, "module.encoder_q.")
+        | prefixed(head("fc"), "module.encoder_q.")
+        | {"module.queue": torch.ones(128, 16)},
+        "optimizer": {"state": {}, "param_groups": [{"lr": 0.03}]},
+    },
+    "moco v3": lambda state, other: {
+        "state_dict": prefixed(other, "module.momentum_encoder.")
+        | prefixed(state, "module.base_encoder.")
+        | prefixed(head("head"), "module.base_encoder.")
+        | prefixed(head("predictor"), "module.")
+    },
+    "moco v3, momentum encoder only": lambda state, _: {
+        "state_dict": prefixed(state, "module.momentum_encoder.")
+    },
+    "ssl-backdoor": lambda state, other: {
+        "model": prefixed(state, "module.encoder_q.") | prefixed(other, "module.encoder_t.")
+    },
+    "simclr f": lambda state, _: prefixed(state, "f.") | prefixed(head("g"), ""),
+    "simclr backbone": lambda state, _: {"state_dict": prefixed(state | head("fc"), "backbone.")},
+    "simclr encoder": lambda state, _: prefixed(state, "encoder.") | head("projector"),
+    "simclr net": lambda state, _: prefixed(state, "net."),
+    "badencoder": lambda state, _: {
+        "state_dict": prefixed(numbered(state, NUMBERS_WITHOUT_POOL), "f.f.") | head("g")
+    },
+    "lightly": lambda state, _: (
+        prefixed(numbered(state, NUMBERS_WITH_POOL), "backbone.") | head("projection_head")
+    ),
+    "byol": lambda state, other: (
+        prefixed(other, "target_encoder.net.")
+        | prefixed(state, "online_encoder.net.")
+        | prefixed(head("projector"), "online_encoder.")
+    ),
+    "byol, target only": lambda state, _: prefixed(state, "target_encoder."),
+    "dino": lambda state, other: {
+        "args": argparse.Namespace(arch="resnet10", lr=0.1),
+        "student": prefixed(other, "module.backbone.") | prefixed(head("head"), "module."),
+        "teacher": prefixed(state, "backbone.") | prefixed(head("head"), ""),
+    },
+    "dino, flat": lambda state, other: (
+        prefixed(other, "student.module.backbone.") | prefixed(state, "teacher.module.backbone.")
+    ),
+    "compiled": lambda state, _: {"model_state_dict": prefixed(state, "_orig_mod.")},
+}
+
+
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+def test_every_known_layout_round_trips(layout: str, tmp_path: Path) -> None:
+    network, other = backbone(), backbone(seed=2)
+    path = tmp_path / "checkpoint.pth.tar"
+    torch.save(LAYOUTS[layout](dict(network.state_dict()), dict(other.state_dict())), path)
+    loaded = tiny(path)
+    assert same_weights(loaded, network)
+    assert loaded.name.startswith("checkpoint.pth.tar (resnet10, ")
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".ckpt", ".bin", ".safetensors", ".PTH"])
+def test_every_suffix_round_trips(suffix: str, tmp_path: Path) -> None:
+    network = backbone()
+    path = tmp_path / f"weights{suffix}"
+    if suffix == ".safetensors":
+        safetensors.torch.save_file(network.state_dict(), path)
+    else:
+        torch.save(network.state_dict(), path)
+    assert same_weights(tiny(path), network)
+
+
+def test_the_format_of_old_torch_versions_round_trips(tmp_path: Path) -> None:
+    network, path = backbone(), tmp_path / "old.pth"
+    torch.save({"state_dict": network.state_dict()}, path, _use_new_zipfile_serialization=False)
+    assert same_weights(tiny(path), network)
+
+
+def test_the_head_is_left_out_and_that_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save(LAYOUTS["plain"](dict(backbone().state_dict()), {}), path)
+    with caplog.at_level("INFO", logger="unpoison"):
+        tiny(path)
+    assert "left out the head: fc.weight, fc.bias" in caplog.text
+    assert "image_size, mean, std not given, assumed 32 px" in caplog.text
+
+
+def test_torchvision_resnets_fit_by_name(tmp_path: Path) -> None:
+    with seeded(0, "torchvision"):
+        network = torchvision.models.resnet18(weights=None).eval()
+    path = tmp_path / "resnet18.pth"
+    torch.save(network.state_dict(), path)
+    loaded = load(path, arch="resnet18")
+    assert loaded.preprocessing.geometry == Geometry(224, 256) and loaded.preprocessing.assumed
+    network.fc = nn.Identity()
+    with torch.inference_mode():
+        expected = network(loaded.normalise(pixels(224)))
+    torch.testing.assert_close(loaded.features(pixels(224)), expected, atol=1e-3, rtol=1e-3)
+    again = load(f"torchvision:resnet18@{path}")
+    torch.testing.assert_close(again.features(pixels(224)), expected, atol=1e-3, rtol=1e-3)
+    assert again.preprocessing.assumed and again.fingerprint == loaded.fingerprint
+
+
+def test_vision_transformers_fit_by_name(tmp_path: Path) -> None:
+    name = "vit_tiny_patch16_224"
+    network = backbone(name)
+    path = tmp_path / "vit.pth"
+    torch.save({"state_dict": prefixed(dict(network.state_dict()), "module.base_encoder.")}, path)
+    assert same_weights(load(path, arch=name, image_size=32), network)
+    with pytest.raises(
+        CheckpointError, match="pos_embed is .*: the file was trained on another number of patches"
+    ):
+        load(path, arch=name)
+
+
+def test_preprocessing_is_assumed_unless_all_of_it_is_given(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save(backbone().state_dict(), path)
+    guessed = tiny(path).preprocessing
+    assert guessed == Preprocessing(geometry=Geometry(32, 32), assumed=True)
+    mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+    given = tiny(path, image_size=64, mean=mean, std=std).preprocessing
+    assert given == Preprocessing(geometry=Geometry(64, 64), mean=mean, std=std)
+    assert tiny(path, image_size=64, mean=mean).preprocessing.assumed
+    with pytest.raises(ConfigError, match="mean=.*: expected three numbers"):
+        tiny(path, mean=(0.5, 0.5))
+    with pytest.raises(ConfigError, match="std=.*nan.*: expected three numbers"):
+        tiny(path, std=(float("nan"), 0.5, 0.5))
+
+
+def test_a_file_that_does_not_say_its_architecture_needs_one(tmp_path: Path) -> None:
+    for name in ("weights.pth", "weights.safetensors"):
+        path = tmp_path / name
+        if path.suffix == ".pth":
+            torch.save(backbone().state_dict(), path)
+        else:
+            safetensors.torch.save_file(backbone().state_dict(), path, {"format": "pt"})
+        with pytest.raises(
+            ConfigError, match="does not say which network its weights belong to; give --arch"
+        ):
+            load(path)
+
+
+def test_weights_that_do_not_fit_are_explained(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+
+    def refuse(state: State, message: str, **options: Any) -> None:
+        torch.save(state, path)
+        with pytest.raises(CheckpointError, match=message) as caught:
+            tiny(path, **options)
+        assert "\n" not in str(caught.value)
+
+    state = dict(backbone().state_dict())
+    partial = {name: tensor for name, tensor in state.items() if not name.startswith("layer4.")}
+    refuse(
+        partial,
+        r"15 of the 60 weights of resnet10 are missing \(layer4.0.conv1.weight, layer4.0.bn1.weight, "
+        r"layer4.0.bn1.bias, …\); found 45 among 54 tensors \(conv1.weight, .*\): is --arch right",
+    )
+    refuse({"unrelated": torch.ones(1)}, "60 of the 60 weights of resnet10 are missing")
+    refuse(
+        dict(backbone("resnet18").state_dict()),
+        "40 weights have no place in resnet10 .layer1.1.conv1.weight, ",
+    )
+    refuse(
+        state, r"conv1.weight is \(8, 3, 3, 3\), but resnet10 takes \(16, 3, 3, 3\): give --width 8", width=16
+    )
+    refuse(state, "a 3×3 stem and the network a 7×7 one; give an --image-size of below 96", image_size=128)
+    large = dict(backbone(size=96).state_dict())
+    refuse(large, "a 7×7 stem and the network a 3×3 one; give an --image-size of at least 96", image_size=32)
+    refuse(state | {"bn1.weight": torch.ones(9)}, r"bn1.weight is \(9,\), .* is --arch or --width right")
+    for bad in (float("nan"), float("inf")):
+        refuse(state | {"bn1.bias": torch.full((8,), bad)}, "bn1.bias holds NaN or infinite values")
+    refuse(
+        state | {"bn1.bias": torch.ones(8).long()}, "bn1.bias is torch.int64 .*, expected .* floating point"
+    )
+    refuse(
+        state | {"bn1.bias": torch.ones(8).to_sparse()},
+        "bn1.bias is .*sparse_coo on cpu, expected dense floating point",
+    )
+    refuse(state | {"bn1.bias": torch.ones(8, device="meta")}, "bn1.bias is .* on meta, expected")
+    refuse(state | {"bn1.bias": torch.ones(1).expand(2**50)}, r"bn1.bias is \(1125899906842624,\)")
+    refuse({"epoch": 3}, "holds no named tensors; expected a state dictionary")
+    refuse([torch.ones(2)], "holds no named tensors")  # type: ignore[arg-type]
+
+
+def test_a_7x7_stem_means_imagenet_sizes(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save(backbone(size=96).state_dict(), path)
+    assert tiny(path).preprocessing.geometry == Geometry(224, 256)
+
+
+def test_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save(backbone().state_dict(), path)
+    with pytest.raises(ConfigError, match="architecture 'resnet11': expected one of"):
+        load(path, arch="resnet11")
+
+
+# --- Traps -----------------------------------------------------------------------------------------------------------
+
+
+class Trap:
+    """Unpickled by an unwary loader, it creates a file."""
+
+    def __init__(self, target: Path, function: Callable[..., object] = os.mkdir) -> None:
+        self.target = target
+        self.function = function
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[str, ...]]:
+        return self.function, (str(self.target),)
+
+
+def torch_file(content: object, path: Path) -> None:
+    torch.save(content, path)
+
+
+def old_torch_file(content: object, path: Path) -> None:
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+
+
+def bare_pickle(content: object, path: Path) -> None:
+    path.write_bytes(pickle.dumps(content))
+
+
+@pytest.mark.parametrize("write", [torch_file, old_torch_file, bare_pickle])
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".tar", ".bin"])
+@pytest.mark.parametrize("arch", ["resnet10", None])
+def test_a_booby_trapped_file_is_refused_by_name_and_runs_nothing(
+    write: Callable[[object, Path], None], suffix: str, arch: str | None, tmp_path: Path
+) -> None:
+    path, crater = tmp_path / f"bomb{suffix}", tmp_path / "crater"
+    write({"state_dict": dict(backbone().state_dict()), "trap": Trap(crater)}, path)
+    with pytest.raises(
+        CheckpointError, match=r"it would run code when loaded \(imports \w+.mkdir\)"
+    ) as caught:
+        load(path, arch=arch, width=8)
+    assert not crater.exists()
+    assert "\n" not in str(caught.value) and "ask for its weights as .safetensors" in str(caught.value)
+    with path.open("rb") as file:  # the trap is real
+        torch.load(file, weights_only=False) if write is not bare_pickle else pickle.load(file)
+    assert crater.exists()
+
+
+def test_a_harmless_object_is_refused_by_name_too(tmp_path: Path) -> None:
+    path = tmp_path / "model.pth"
+    torch.save({"model": nn.Linear(2, 2)}, path)
+    with pytest.raises(
+        CheckpointError, match=r"it needs more than tensors \(imports .*torch.nn.modules.linear.Linear"
+    ):
+        tiny(path)
+
+
+def test_a_trap_named_safetensors_is_not_unpickled(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.safetensors"
+    bare_pickle(Trap(tmp_path / "crater"), path)
+    with pytest.raises(CheckpointError, match="not a readable safetensors file"):
+        tiny(path)
+    assert not (tmp_path / "crater").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>not found</html>", b"PK\x03\x04 truncated", b"\x80\x04"])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_file_that_is_no_weights_file_is_refused(content: bytes, suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"weights{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="not a readable (weights|safetensors) file") as caught:
+        tiny(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_truncated_file_and_a_real_tar_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save(backbone().state_dict(), path)
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match="not a readable weights file"):
+        tiny(path)
+    with tarfile.open(tmp_path / "weights.tar", "w") as archive:
+        archive.addfile(tarfile.TarInfo("pickle"), io.BytesIO())
+    with pytest.raises(CheckpointError, match="not a readable weights file"):
+        tiny(tmp_path / "weights.tar")
+
+
+def test_names_that_a_stranger_chose_cannot_break_the_line(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save({"a\nb\x1b[2J" + "c" * 200: torch.ones(1)}, path)
+    with pytest.raises(CheckpointError, match=r"\(a\?b\?\[2Jc{70,80}\)") as caught:
+        tiny(path)
+    assert "\n" not in str(caught.value)
+
+
+# --- Names -----------------------------------------------------------------------------------------------------------
+
+
+def test_timm_names_bring_their_preprocessing() -> None:
+    encoder = load("timm:resnet10t@random")
+    assert encoder.preprocessing == Preprocessing(geometry=Geometry(176, 201, "bicubic"))
+    assert encoder.name == "timm:resnet10t@random"
+    small = load("timm:vit_tiny_patch16_224@random", image_size=32)
+    assert small.preprocessing.geometry == Geometry(32, 35, "bicubic")
+    assert small.preprocessing.mean == (0.5, 0.5, 0.5)
+    assert small.features(pixels()).shape == (2, 192)
+    convolutional = load("timm:resnet10t@random", image_size=32)
+    assert convolutional.features(pixels()).shape == (2, 512)
+
+
+def test_random_weights_are_the_same_every_time_and_leave_the_global_generator_alone() -> None:
+    state = torch.get_rng_state()
+    first, second = (load("timm:resnet10t@random", image_size=32) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(first.features(pixels()), second.features(pixels()))
+    assert first.fingerprint == second.fingerprint != ""
+
+
+def test_timm_takes_local_weights(tmp_path: Path) -> None:
+    with seeded(3, "timm"):
+        network = timm.create_model("resnet10t", num_classes=5).eval()
+    path = tmp_path / "weights.safetensors"
+    safetensors.torch.save_file(network.state_dict(), path)
+    loaded = load(f"timm:resnet10t@{path}", image_size=32)
+    assert loaded.preprocessing.assumed
+    network.reset_classifier(0)
+    assert same_weights(loaded, network)
+    mean, std = (0.5, 0.5, 0.5), (0.2, 0.2, 0.2)
+    assert not load(f"timm:resnet10t@{path}", mean=mean, std=std).preprocessing.assumed
+
+
+def test_torchvision_names_bring_their_preprocessing() -> None:
+    encoder = load("torchvision:resnet18@random")
+    assert encoder.preprocessing == Preprocessing(geometry=Geometry(224, 256))
+    small = load("torchvision:resnet18@random", image_size=32)
+    assert small.preprocessing.geometry == Geometry(32, 36)
+    assert small.features(pixels()).shape == (2, 512)
+    second = load("torchvision:mobilenet_v3_small@random", image_size=32)
+    assert second.features(pixels()).shape == (2, 1024)
+
+
+@pytest.mark.parametrize("reference", ["timm:resnet18", "timm:resnet18.a1_in1k", "timm:resnet18@a1_in1k"])
+def test_published_timm_weights_without_a_network_fail_in_one_line(
+    reference: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, bool]] = []
+
+    def offline(name: str, *, pretrained: bool, **_: object) -> nn.Module:
+        asked.append((name, pretrained))
+        raise ConnectionError("Name or service not known\nMax retries exceeded")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(
+        CheckpointError, match="without a network pass a local file: timm:resnet18@FILE"
+    ) as caught:
+        load(reference)
+    assert asked == [("resnet18" if reference == "timm:resnet18" else "resnet18.a1_in1k", True)]
+    assert "cannot be fetched (Name or service not known)" in str(caught.value) and "\n" not in str(
+        caught.value
+    )
+
+
+@pytest.mark.parametrize("reference", ["torchvision:resnet18", "torchvision:resnet18@IMAGENET1K_V1"])
+def test_published_torchvision_weights_without_a_network_fail_in_one_line(
+    reference: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, object]] = []
+
+    def offline(self: object, *_: object, **options: object) -> None:
+        asked.append(options)
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", offline)
+    with pytest.raises(
+        CheckpointError, match="without a network pass a local file: torchvision:resnet18@FILE"
+    ):
+        load(reference)
+    assert asked == [{"progress": False, "check_hash": True, "weights_only": True}]
+
+
+def test_the_hubs_retries_are_skipped_where_its_name_does_not_resolve(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    constants = checkpoints.huggingface_hub.constants
+    before = constants.HF_HUB_OFFLINE
+
+    def unknown(*_: object) -> None:
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(checkpoints.urllib.request, "getproxies", dict)
+    monkeypatch.setattr(checkpoints.socket, "getaddrinfo", unknown)
+    with checkpoints._no_vain_retries():
+        assert constants.HF_HUB_OFFLINE
+    assert before == constants.HF_HUB_OFFLINE
+    monkeypatch.setattr(checkpoints.socket, "getaddrinfo", lambda *_: [])
+    with checkpoints._no_vain_retries():
+        assert before == constants.HF_HUB_OFFLINE
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("missing.pth", "no such file; expected a weights file, timm:NAME or torchvision:NAME"),
+        (Path("missing.pth"), "no such file"),
+        ("a/b:c", "no such file"),
+        ("foo:bar", "unknown prefix 'foo'; expected timm: or torchvision:, or an existing file"),
+        ("hf:facebook/dino", "hf: is not supported yet; use timm:NAME, torchvision:NAME or a weights file"),
+        ("open_clip:ViT-B-32/openai", "open_clip: is not supported yet"),
+        ("timm:resnet18x", "timm knows no model 'resnet18x'; did you mean resnet18"),
+        ("timm:", "timm knows no model ''; see timm.list_models"),
+        ("timm:hf-hub:someone/else", "timm knows no model 'hf-hub:someone/else'"),
+        ("timm:resnet18@missing.pth", "no such weights file: missing.pth"),
+        ("timm:resnet18@folder/missing", "no such weights file: folder/missing"),
+        ("timm:resnet18@v9", "'v9' is neither a file nor a tag of resnet18; tags: a1_in1k, "),
+        ("timm:resnet18.v9", "'v9' is neither a file nor a tag of resnet18"),
+        ("torchvision:resnet17", "torchvision knows no image classifier 'resnet17'; did you mean "),
+        ("torchvision:zzz", "torchvision knows no image classifier 'zzz'$"),
+        (
+            "torchvision:resnet18@V9",
+            "'V9' is neither a file nor weights of resnet18; expected IMAGENET1K_V1, DEFAULT",
+        ),
+        ("torchvision:squeezenet1_0@random", "its classifier is no linear layer that could be left out"),
+    ],
+)
+def test_references_that_name_nothing_are_refused(reference: str | Path, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        load(reference)
+    assert "\n" not in str(caught.value)
+
+
+def test_models_without_published_weights_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    everything = timm.list_models
+    monkeypatch.setattr(
+        timm, "list_models", lambda *a, **k: [] if k.get("pretrained") else everything(*a, **k)
+    )
+    with pytest.raises(ConfigError, match="timm publishes no weights of resnet18; give timm:resnet18@FILE"):
+        load("timm:resnet18")
+
+
+def test_an_architecture_beside_a_name_is_refused() -> None:
+    with pytest.raises(ConfigError, match="the name is the architecture; leave out --arch"):
+        load("timm:resnet10t@random", arch="resnet10")
+
+
+def test_folders_and_other_suffixes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is a folder, expected a weights file"):
+        load(tmp_path)
+    (tmp_path / "model.onnx").write_bytes(b"x")
+    with pytest.raises(ConfigError, match="expected a weights file ending in .safetensors or .pth"):
+        load(tmp_path / "model.onnx")
+
+
+# --- From Python -----------------------------------------------------------------------------------------------------
+
+
+def test_a_module_needs_preprocessing() -> None:
+    network, preprocessing = backbone(), Preprocessing(geometry=Geometry(32, 32))
+    with pytest.raises(ConfigError, match="a ResNet needs preprocessing=Preprocessing"):
+        as_encoder(network)
+    encoder = as_encoder(network, preprocessing, device="cpu", precision="fp32")
+    assert encoder.name == "ResNet" and encoder.features(pixels()).shape == (2, 64)
+    assert encoder.fingerprint == as_encoder(network, preprocessing, device="cpu").fingerprint
+    assert encoder.fingerprint != as_encoder(backbone(seed=5), preprocessing, device="cpu").fingerprint
+
+
+def test_everything_else_brings_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save(backbone().state_dict(), path)
+    encoder = as_encoder(path, arch="resnet10", width=8, mean=(0.5, 0.5, 0.5), device="cpu")
+    assert encoder.preprocessing.mean == (0.5, 0.5, 0.5)
+    assert as_encoder(encoder) is encoder
+    assert as_encoder(str(path), arch="resnet10", width=8, device="cpu").fingerprint == encoder.fingerprint
+    for thing in (encoder, str(path)):
+        with pytest.raises(ConfigError, match="preprocessing goes with an nn.Module; .*: leave it out"):
+            as_encoder(thing, encoder.preprocessing)

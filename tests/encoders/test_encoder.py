@@ -1,0 +1,102 @@
+"""The encoder: shapes, counting, normalisation, precision."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from unpoison.encoders.encoder import Encoder, Preprocessing
+from unpoison.errors import ConfigError, ShapeError
+from unpoison.records import Geometry
+
+HALF = Preprocessing(geometry=Geometry(8, 8), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+
+
+def means(images: Tensor) -> Tensor:
+    return images.mean(dim=(2, 3))
+
+
+def encoder(network: object = means, precision: str = "fp32") -> Encoder:
+    return Encoder(network, HALF, device="cpu", precision=precision)  # type: ignore[arg-type]
+
+
+def pixels(n: int = 5, side: int = 8) -> Tensor:
+    return torch.randint(
+        0, 256, (n, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+
+
+def test_it_counts_every_image_that_it_is_shown() -> None:
+    shown = encoder()
+    shown.features(pixels(5))
+    shown.features(pixels(2))
+    assert shown.images_shown == 7
+
+
+def test_bytes_and_floats_give_the_same_features_and_stay_unchanged() -> None:
+    images = pixels()
+    before = images.clone()
+    from_bytes = encoder().features(images)
+    floats = images.float() / 255
+    kept = floats.clone()
+    assert torch.equal(from_bytes, encoder().features(floats))
+    assert torch.equal(images, before) and torch.equal(floats, kept)
+
+
+def test_normalisation_agrees_with_its_twin() -> None:
+    images = pixels(1)
+    seen = encoder().normalise(images)
+    for c in range(3):
+        expected = (images[0, c].double() / 255 - HALF.mean[c]) / HALF.std[c]
+        torch.testing.assert_close(seen[0, c].double(), expected, atol=1e-5, rtol=0)
+
+
+def test_features_are_float32_in_every_precision() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())
+    exact = encoder(network).features(pixels())
+    rounded = encoder(network, "bf16").features(pixels())
+    assert exact.dtype == rounded.dtype == torch.float32
+    torch.testing.assert_close(exact, rounded, atol=0.05, rtol=0.05)
+    assert not torch.equal(exact, rounded)
+
+
+def test_a_module_is_put_in_evaluation_mode_without_gradients() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten())
+    frozen = encoder(network)
+    assert not network.training and not any(p.requires_grad for p in network.parameters())
+    assert network[0].weight.is_contiguous(memory_format=torch.channels_last)
+    statistics = network[1].running_mean.clone()
+    assert not frozen.features(pixels()).requires_grad
+    assert torch.equal(network[1].running_mean, statistics)
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (1, 1, 8, 8), (1, 3, 9, 9), (1, 8, 8, 3)])
+def test_images_of_another_shape_are_refused_and_not_counted(shape: tuple[int, ...]) -> None:
+    refusing = encoder()
+    with pytest.raises(ShapeError, match=r"images must be \(N, 3, 8, 8\), got \("):
+        refusing.features(torch.zeros(shape, dtype=torch.uint8))
+    assert refusing.images_shown == 0
+
+
+@pytest.mark.parametrize(
+    ("network", "got"),
+    [
+        (lambda x: x, r"\(5, 3, 8, 8\)"),
+        (lambda x: [x], "list"),
+        (lambda x: x.mean(dim=(2, 3))[:2], r"\(2, 3\)"),
+    ],
+)
+def test_a_network_that_gives_no_feature_vectors_is_refused(network: object, got: str) -> None:
+    with pytest.raises(
+        ShapeError, match=rf"one feature vector per image, \(5, D\), got {got}; pass the pooled output"
+    ):
+        encoder(network).features(pixels())
+
+
+def test_wrong_statistics_are_refused() -> None:
+    with pytest.raises(ConfigError, match="expected three positive numbers"):
+        Preprocessing(geometry=Geometry(8, 8), std=(0.1, 0.0, 0.1))
+    for mean in ((0.5, 0.5, 123.7), (-0.1, 0.5, 0.5)):
+        with pytest.raises(ConfigError, match=r"expected three numbers in \[0, 1\]; divide by 255"):
+            Preprocessing(geometry=Geometry(8, 8), mean=mean)
