@@ -23,6 +23,7 @@ LAYERS = [
     {"data", "encoders"},
     set(VERBS),
     {"pipeline", "report"},
+    {"demo"},
     {"cli"},
     {"__init__", "__main__"},
 ]
@@ -30,7 +31,7 @@ LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 
 # Who may know the truth: labels and the answer key of an attack.
 TRUTH = ("data.labels", "evaluate.truth", "attack.plan")
-KNOWS_TRUTH = ("evaluate", "attack", "cli")
+KNOWS_TRUTH = ("evaluate", "attack", "demo", "cli")
 # The one verb that may look into another: it measures against the plan, and runs whole benchmarks.
 ACROSS = {("evaluate", "attack.plan")}
 ACROSS_ANYTHING = ("evaluate.benchmark",)

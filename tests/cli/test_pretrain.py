@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from unpoison.cli.pretrain import usual_side
+from unpoison.data.load import usual_side
 from unpoison.data.sources import open_source
 
 TINY = ("--epochs", 1, "--batch-size", 4, "--width", 4, "--image-size", 16)

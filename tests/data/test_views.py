@@ -199,3 +199,13 @@ def test_settings_out_of_range_are_refused() -> None:
     for name in ("jitter_probability", "grey_probability", "blur_probability"):
         with pytest.raises(ConfigError, match=rf"{name}=1.1: expected a probability in \[0, 1\]"):
             ViewConfig(**{name: 1.1})
+
+
+def test_the_two_halves_are_the_whole() -> None:
+    images = (pictures() * 255).to(torch.uint8)
+    drawn = generator(4)
+    halfway = views.crop_and_flip(images, STRONG, generator=drawn)
+    before = halfway.clone()
+    coloured = views.recolour(halfway, STRONG, generator=drawn)
+    assert torch.equal(coloured, random_views(images, STRONG, generator=generator(4)))
+    assert torch.equal(halfway, before)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,12 +25,11 @@ from unpoison.errors import ConfigError
 from unpoison.pretrain.loop import METHODS, PretrainConfig
 
 if TYPE_CHECKING:
-    from unpoison.data.sources import ImageSource
+    pass
 
-__all__ = ["app", "usual_side"]
+__all__ = ["app"]
 
 _DEFAULT = PretrainConfig()
-_SIDES = (32, 48, 64, 96, 128, 160, 192, 224)
 
 app = typer.Typer(add_completion=False)
 
@@ -93,7 +91,7 @@ def pretrain(
     if out.suffix != ".safetensors":
         raise ConfigError(f"--out {out}: expected a name that ends in .safetensors")
     ids = read_ids(only)
-    from unpoison.data.load import load_images
+    from unpoison.data.load import load_images, usual_side
     from unpoison.data.sources import open_source
     from unpoison.encoders.checkpoints import save_encoder
     from unpoison.pretrain.loop import pretrain as train
@@ -130,22 +128,3 @@ def pretrain(
         f"{method} on {len(pixels)} images of {side} px{skipped}: "
         f"loss {trained.losses[0]:.3f} to {trained.losses[-1]:.3f} in {epochs} epochs\n{out}",
     )
-
-
-def usual_side(source: ImageSource, *, looked_at: int = 64) -> int:
-    """Input side that fits the images: the median short side of the first readable ones, rounded, at most 224."""
-    from unpoison.data.decode import decode_image, quiet_pillow
-    from unpoison.errors import DataError
-
-    sides: list[int] = []
-    with quiet_pillow():
-        for raw in source.stream():
-            if raw.data is not None:
-                try:
-                    sides.append(min(decode_image(raw.data).size))
-                except DataError:
-                    continue
-            if len(sides) == looked_at:
-                break
-    median = statistics.median(sides) if sides else _SIDES[0]
-    return min(_SIDES, key=lambda side: (abs(side - median), side))

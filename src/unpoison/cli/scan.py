@@ -96,17 +96,25 @@ def scan(
         ),
     ] = _DEFAULT.window,
     attention: Annotated[
-        str, typer.Option(help="Where to look in an image: mask or gradcam.", rich_help_panel=_SEARCH)
+        str | None,
+        typer.Option(
+            help="Where to look in an image: mask or gradcam; default: the method's own.",
+            rich_help_panel=_SEARCH,
+        ),
     ] = _DEFAULT.attention,
     masks: Annotated[
-        str, typer.Option(help="grid, or random as published.", rich_help_panel=_SEARCH)
+        str | None,
+        typer.Option(help="grid, or random as published; default: grid.", rich_help_panel=_SEARCH),
     ] = _DEFAULT.masks,
     n_masks: Annotated[
         int, typer.Option(metavar="M", help="How many random masks.", rich_help_panel=_SEARCH)
     ] = _DEFAULT.n_masks,
     score: Annotated[
-        str,
-        typer.Option(help="concentrated, any (PoisonCAM) or source (PatchSearch).", rich_help_panel=_SEARCH),
+        str | None,
+        typer.Option(
+            help="directed (default), concentrated, any (PoisonCAM) or source (PatchSearch).",
+            rich_help_panel=_SEARCH,
+        ),
     ] = _DEFAULT.score,
     top_k: Annotated[
         int, typer.Option(help="Patches that train the last classifier.", rich_help_panel=_SEARCH)

@@ -23,7 +23,15 @@ from PIL import Image, UnidentifiedImageError
 from unpoison.errors import ConfigError, DataError
 from unpoison.records import Geometry
 
-__all__ = ["FORMATS", "MAX_FILE_BYTES", "MAX_PIXELS", "decode_image", "quiet_pillow", "to_square"]
+__all__ = [
+    "FORMATS",
+    "MAX_FILE_BYTES",
+    "MAX_PIXELS",
+    "decode_image",
+    "quiet_pillow",
+    "short_side",
+    "to_square",
+]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """Pillow's names of the formats that are read (its JPEG reader takes MPO too); of several pictures, the first."""
@@ -82,6 +90,16 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
             raise DataError("not enough memory to decode it") from None
         except Exception as error:  # hostile bytes may make a decoder raise anything
             raise DataError(f"cannot be decoded: {_short(error)}") from error
+
+
+def short_side(data: bytes) -> int | None:
+    """Short side in pixels that a file's header declares; None where it declares none. Decodes no pixel."""
+    with quiet_pillow():
+        try:
+            with Image.open(BytesIO(data), formats=FORMATS) as image:
+                return min(image.size)
+        except Exception:  # a hostile header can make the reader fail in any way; decoding will say why
+            return None
 
 
 def to_square(image: Image.Image, geometry: Geometry) -> NDArray[np.uint8]:

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import statistics
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,14 +23,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from unpoison.data.decode import MAX_PIXELS, decode_image, quiet_pillow, to_square
+from unpoison.data.decode import MAX_PIXELS, decode_image, quiet_pillow, short_side, to_square
 from unpoison.data.export import atomic_file, write_json_atomically
 from unpoison.data.sources import ImageSource, RawImage, open_files, open_source, shown
 from unpoison.errors import ConfigError, DataError, NothingToScanError, ShapeError
 from unpoison.records import Geometry, ImageSet, Skipped
 from unpoison.runtime import Progress, silent, stage_generator
 
-__all__ = ["as_image_set", "load_images"]
+__all__ = ["as_image_set", "load_images", "usual_side"]
 
 _SCHEMA = 1
 _PIXELS, _INDEX = "pixels.u8", "images.json"
@@ -344,3 +345,26 @@ def _resized(images: ImageSet, geometry: Geometry) -> ImageSet:
     squares = [to_square(Image.fromarray(np.ascontiguousarray(row)), geometry) for row in rows]
     pixels = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2)
     return ImageSet(images.ids, pixels, images.skipped, images.fingerprint)
+
+
+_SIDES = (32, 48, 64, 96, 128, 160, 192, 224)
+
+
+def usual_side(source: str | Path | ImageSource | Sequence[str | Path], *, looked_at: int = 64) -> int:
+    """Input side that fits the images: the median short side of the first readable ones, rounded, at most 224.
+
+    Args:
+        source: a path, an open source, or paths.
+        looked_at: readable images that are looked at; only their headers are read.
+    """
+    if not isinstance(source, ImageSource):
+        source = open_source(source) if isinstance(source, str | Path) else open_files(source)
+    sides: list[int] = []
+    for raw in source.stream():
+        side = None if raw.data is None else short_side(raw.data)
+        if side is not None:
+            sides.append(side)
+        if len(sides) == looked_at:
+            break
+    median = statistics.median(sides) if sides else _SIDES[0]
+    return min(_SIDES, key=lambda side: (abs(side - median), side))

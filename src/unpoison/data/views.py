@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from unpoison.errors import ConfigError
 
-__all__ = ["ViewConfig", "random_views"]
+__all__ = ["ViewConfig", "crop_and_flip", "random_views", "recolour"]
 
 _GREY = torch.tensor([0.299, 0.587, 0.114])
 _TO_YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
@@ -62,15 +62,42 @@ def random_views(images: Tensor, config: ViewConfig, *, generator: torch.Generat
     Returns:
         (N, 3, S, S) float32 in [0, 1], on the images' device.
     """
-    device = images.device
-    views = images.float().div_(255) if images.dtype == torch.uint8 else images
-    views = _crop_and_flip(views, config, generator)
+    return recolour(crop_and_flip(images, config, generator=generator), config, generator=generator)
+
+
+def crop_and_flip(images: Tensor, config: ViewConfig, *, generator: torch.Generator) -> Tensor:
+    """The first half of `random_views`: a random resized crop, mirrored half of the time.
+
+    Args:
+        images: (N, 3, S, S) uint8, or float32 in [0, 1], on any device; unchanged.
+        config: strengths.
+        generator: a CPU generator; the draws do not depend on the device.
+
+    Returns:
+        (N, 3, S, S) float32 in [0, 1], on the images' device; shares no memory with the images.
+    """
+    return _crop_and_flip(
+        images.float().div_(255) if images.dtype == torch.uint8 else images, config, generator
+    )
+
+
+def recolour(views: Tensor, config: ViewConfig, *, generator: torch.Generator) -> Tensor:
+    """The second half of `random_views`: colour jitter, greyscale and blur.
+
+    Args:
+        views: (N, 3, S, S) float32 in [0, 1], on any device; unchanged.
+        config: strengths.
+        generator: a CPU generator; the draws do not depend on the device.
+
+    Returns:
+        (N, 3, S, S) float32 in [0, 1], on the views' device; the argument itself where nothing is to be done.
+    """
     n = len(views)
     matrix, offset_of_mean = _colour_maps(n, config, generator)
     if matrix is not None and offset_of_mean is not None:
-        mean_grey = (views.mean(dim=(2, 3)) @ _GREY.to(device))[:, None]
-        shift = offset_of_mean.to(device) * mean_grey
-        flat = torch.baddbmm(shift[:, :, None].expand(n, 3, 1), matrix.to(device), views.flatten(2))
+        mean_grey = (views.mean(dim=(2, 3)) @ _GREY.to(views.device))[:, None]
+        shift = offset_of_mean.to(views.device) * mean_grey
+        flat = torch.baddbmm(shift[:, :, None].expand(n, 3, 1), matrix.to(views.device), views.flatten(2))
         views = flat.view_as(views).clamp_(0, 1)
     if config.blur_probability > 0:
         views = _blur(views, config.blur_probability, generator)

@@ -19,20 +19,17 @@ __all__ = [
 ]
 
 
-def _positions(size: int, side: int, stride: int) -> list[int]:
-    """Window offsets along one axis; the last one touches the border."""
-    return sorted({*range(0, size - side + 1, stride), size - side})
-
-
 def _check_window(size: int, side: int) -> None:
     if not 1 <= side <= size:
         raise ShapeError(f"a {side}-pixel window does not fit images of {size} pixels")
 
 
 def grid_masks(size: int, side: int, stride: int) -> Tensor:
-    """Masks on a regular grid, the last row and column at the border.
+    """Masks on a regular grid that overhangs the image on all sides.
 
-    With `stride` ≤ side − t + 1 every t×t square, wherever it lies, is hidden entirely by some mask.
+    With `stride` ≤ side − t + 1 every t×t square, wherever it lies, is hidden entirely by some mask. Windows that
+    stay inside would hide border pixels by fewer masks than others, and dividing by so uneven a coverage moves the
+    peak of the attention away from the trigger; the parts that overhang are simply cut off.
 
     Args:
         size: S, side of the images in pixels.
@@ -48,9 +45,9 @@ def grid_masks(size: int, side: int, stride: int) -> Tensor:
     _check_window(size, side)
     if stride < 1:
         raise ShapeError(f"stride={stride}: expected at least 1 pixel")
-    at = torch.tensor(_positions(size, side, stride))
+    starts = torch.arange(stride - side if stride < side else 0, size, stride)
     axis = torch.arange(size)
-    hidden = (axis >= at[:, None]) & (axis < at[:, None] + side)  # (P, S): one axis of each window
+    hidden = (axis >= starts[:, None]) & (axis < starts[:, None] + side)  # (P, S): one axis of each window
     return (hidden[:, None, :, None] & hidden[None, :, None, :]).reshape(-1, size, size)
 
 

@@ -49,7 +49,8 @@ class Candidates:
     def concatenate(parts: Sequence[Candidates]) -> Candidates:
         """All candidates of all parts, in order."""
         tensors = {
-            name: torch.cat([getattr(p, name) for p in parts]) for name in ("rows", "own", "corners", "patches")
+            name: torch.cat([getattr(p, name) for p in parts])
+            for name in ("rows", "own", "corners", "patches")
         }
         return Candidates(**tensors, flips=Flips.concatenate([p.flips for p in parts]))
 
@@ -62,4 +63,6 @@ class Candidates:
     def from_tensors(tensors: dict[str, Tensor]) -> Candidates:
         """The inverse of `to_tensors`."""
         flips = Flips(**{f.name: tensors[f"flips.{f.name}"] for f in fields(Flips)})
-        return Candidates(**{f.name: tensors[f.name] for f in fields(Candidates) if f.name != "flips"}, flips=flips)
+        return Candidates(
+            **{f.name: tensors[f.name] for f in fields(Candidates) if f.name != "flips"}, flips=flips
+        )

@@ -13,54 +13,58 @@ __all__ = ["ScanConfig"]
 class ScanConfig:
     """What a scan looks for and how hard.
 
-    None means "fit the image size and the number of images"; `resolve` fills it in, and the verdict records it.
+    None means "fit the image size, the number of images and `faithful`"; `resolve` fills it in, and the verdict
+    records what was taken.
 
     Attributes:
-        method: `poisoncam` (masks) or `patchsearch` (Grad-CAM); the two differ in `attention`.
+        method: `poisoncam` (masks) or `patchsearch` (Grad-CAM).
         clusters: K of k-means.
         window: side of a trigger candidate, in encoder-input pixels.
-        attention: `mask` or `gradcam`.
+        attention: `mask` or `gradcam`; None is the method's own.
         masks: `grid` (deterministic, covers every trigger position) or `random` (the paper's cyclic ones).
         n_masks: number of random masks; ignored by the grid.
         fill: colour of hidden pixels: `mean` of the data set, or `black`.
-        score: poison score that ranks images: `concentrated`, `any` or `source`.
+        score: poison score that ranks images: `directed` (ours), `concentrated`, `any` (PoisonCAM) or `source`
+            (PatchSearch).
         n_flips: images on which each candidate is pasted.
-        proposals: windows tried per candidate image; the best counts.
         samples: images per surviving cluster and round.
         prune: share of the clusters dropped per round, (0, 1).
+        exploit: images examined again, or anew, along the trigger direction.
         top_k: patches that train the classifier.
         alpha: allowed false-alarm rate of the verdict, (0, 0.5).
-        faithful: run the method exactly as published; other settings that contradict it are refused.
+        faithful: run the search as published: random masks, equation 2, no control patches, the whole flip set,
+            no second look. Settings that contradict it are refused.
     """
 
     method: str = "poisoncam"
     clusters: int | None = None
     window: int | None = None
-    attention: str = "mask"
-    masks: str = "grid"
+    attention: str | None = None
+    masks: str | None = None
     n_masks: int = 256
     fill: str = "mean"
-    score: str = "directed"
+    score: str | None = None
     n_flips: int | None = None
-    proposals: int = 1
     samples: int = 2
     prune: float = 0.25
+    exploit: int = 300
     top_k: int = 20
     alpha: float = 0.01
     faithful: bool = False
 
     def __post_init__(self) -> None:
-        choices = {
+        choices: dict[str, tuple[str | None, ...]] = {
             "method": ("poisoncam", "patchsearch"),
-            "attention": ("mask", "gradcam"),
-            "masks": ("grid", "random"),
+            "attention": ("mask", "gradcam", None),
+            "masks": ("grid", "random", None),
             "fill": ("mean", "black"),
-            "score": ("directed", "concentrated", "any", "source"),
+            "score": ("directed", "concentrated", "any", "source", None),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: expected {' or '.join(allowed)}")
-        for name in ("n_masks", "samples", "top_k", "proposals"):
+                expected = " or ".join(a for a in allowed if a is not None)
+                raise ConfigError(f"{name}={getattr(self, name)!r}: expected {expected}")
+        for name in ("n_masks", "samples", "top_k", "exploit"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected at least 1")
         for name in ("clusters", "window", "n_flips"):
@@ -71,3 +75,51 @@ class ScanConfig:
             raise ConfigError(f"prune={self.prune}: expected a fraction between 0 and 1")
         if not 0 < self.alpha < 0.5:
             raise ConfigError(f"alpha={self.alpha}: expected a false-alarm rate between 0 and 0.5")
+        if self.faithful and (self.masks == "grid" or self.score in ("directed", "concentrated")):
+            raise ConfigError(
+                f"faithful contradicts masks={self.masks}, score={self.score}: the paper has random masks and the "
+                "scores any or source; drop one of them"
+            )
+
+    def resolve(self, n_images: int, image_size: int) -> ScanConfig:
+        """The same settings with every None filled in.
+
+        K follows the smallest number of poisons worth catching: four clusters for it, so that poison does not share
+        a cluster with its class. Published attacks need a few hundred images, hence the floor of 400.
+
+        Args:
+            n_images: readable images.
+            image_size: side of the encoder's input in pixels.
+
+        Raises:
+            ConfigError: the window does not fit the images, or there are more clusters than images.
+        """
+        smallest = max(0.005 * n_images, 400)
+        clusters = max(2, min(round(4 * n_images / smallest), 2000, n_images // 10))
+        clusters = max(clusters, min(50, n_images // 10), 2)
+        if self.faithful:
+            clusters = max(2, min(1000, n_images // 10))
+        filled = replace(
+            self,
+            clusters=self.clusters or clusters,
+            window=self.window or max(3, round(60 / 224 * image_size)),
+            attention=self.attention or ("gradcam" if self.method == "patchsearch" else "mask"),
+            masks=self.masks or ("random" if self.faithful else "grid"),
+            score=self.score or self._published_score(),
+            n_flips=self.n_flips or min(1000 if self.faithful else 96, max(2, n_images // 2)),
+        )
+        assert filled.window is not None and filled.clusters is not None
+        if filled.window > image_size:
+            raise ConfigError(
+                f"window={filled.window}: the encoder sees {image_size} pixels; expected at most that"
+            )
+        if filled.clusters > n_images:
+            raise ConfigError(
+                f"clusters={filled.clusters}: there are {n_images} readable images; expected at most that, or leave it out"
+            )
+        return filled
+
+    def _published_score(self) -> str:
+        if not self.faithful:
+            return "directed"
+        return "source" if self.method == "patchsearch" else "any"

@@ -52,7 +52,9 @@ def draw_corners(count: int, size: int, side: int, *, generator: torch.Generator
     return torch.randint(0, size - side + 1, (count, 2), generator=generator)
 
 
-def nearest_rows(features: Tensor, clusters: Clusters, allowed: Tensor, count: int, *, generator: torch.Generator) -> Tensor:
+def nearest_rows(
+    features: Tensor, clusters: Clusters, allowed: Tensor, count: int, *, generator: torch.Generator
+) -> Tensor:
     """About `count` images, the nearest to their centroid of every cluster, or of randomly chosen clusters.
 
     Args:
@@ -130,7 +132,10 @@ class Flips:
     def concatenate(parts: list[Flips]) -> Flips:
         """All patches of all parts, in order."""
         return Flips(
-            *(torch.cat([getattr(p, name) for p in parts]) for name in ("changed", "gain", "control_gain", "shift"))
+            *(
+                torch.cat([getattr(p, name) for p in parts])
+                for name in ("changed", "gain", "control_gain", "shift")
+            )
         )
 
 
@@ -141,18 +146,27 @@ class FlipTest:
         encoder: the encoder under suspicion.
         clusters: fixed before.
         flip_set: see `FlipSet`.
+        window: side of the patches, in pixels.
         with_control: run the shuffled control of every patch too; costs as many passes again.
         batch_size: images per pass.
     """
 
     def __init__(
-        self, encoder: Encoder, clusters: Clusters, flip_set: FlipSet, *, with_control: bool, batch_size: int
+        self,
+        encoder: Encoder,
+        clusters: Clusters,
+        flip_set: FlipSet,
+        window: int,
+        *,
+        with_control: bool,
+        batch_size: int,
     ) -> None:
         self.encoder = encoder
         self.centroids = clusters.centroids.to(encoder.device)
         self.flip_set = flip_set
         self.with_control = with_control
         self.batch_size = batch_size
+        self.window = window
         self.baseline = self._shares(flip_set.assignment[None])
 
     @classmethod
@@ -176,7 +190,7 @@ class FlipTest:
         features = torch.cat([encoder.features(part) for part in pixels.split(batch_size)])
         centroids = clusters.centroids.to(encoder.device)
         flip_set = FlipSet(pixels, corners, F.normalize(features, dim=1), assign(features, centroids))
-        return cls(encoder, clusters, flip_set, with_control=with_control, batch_size=batch_size)
+        return cls(encoder, clusters, flip_set, window, with_control=with_control, batch_size=batch_size)
 
     def run(self, patches: Tensor, *, generator: torch.Generator) -> Flips:
         """Paste each of the (n, 3, w, w) uint8 patches on every flip image."""

@@ -84,7 +84,13 @@ class MaskAttention:
     """
 
     def __init__(
-        self, encoder: Encoder, clusters: Clusters, config: ScanConfig, *, generator: torch.Generator, batch_size: int
+        self,
+        encoder: Encoder,
+        clusters: Clusters,
+        config: ScanConfig,
+        *,
+        generator: torch.Generator,
+        batch_size: int,
     ) -> None:
         size = encoder.preprocessing.geometry.size
         assert config.window is not None, "the config is resolved before the search"
@@ -94,7 +100,7 @@ class MaskAttention:
         self.faithful = config.faithful
         self.batch_size = batch_size
         if config.masks == "grid":
-            masks = grid_masks(size, self.window, max(1, round(self.window / 3)))
+            masks = grid_masks(size, self.window, max(1, self.window // 2))
         else:
             masks = random_masks(size, self.window, config.n_masks, generator=generator)
         self.masks = masks.to(encoder.device)
@@ -106,7 +112,9 @@ class MaskAttention:
         parts = []
         for chunk in self._chunks(pixels):
             unmasked = similarity(self.encoder.features(chunk), self.centroids)
-            masked = similarity(self._masked_features(chunk), self.centroids).view(len(chunk), len(self.masks), -1)
+            masked = similarity(self._masked_features(chunk), self.centroids).view(
+                len(chunk), len(self.masks), -1
+            )
             if self.faithful:
                 scores = activation_scores(masked, unmasked.argmax(dim=1))
             else:
@@ -114,23 +122,23 @@ class MaskAttention:
             parts.append(attention_map(scores, self.masks, by_coverage=not self.faithful).cpu())
         return torch.cat(parts)
 
-    def heat_along(self, pixels: Tensor, direction: Tensor) -> Tensor:
-        """How much of one direction in feature space each pixel carries, (N, S, S) float32 ≥ 0 on the CPU.
+    def heat_along(self, pixels: Tensor, directions: Tensor) -> Tensor:
+        """How much of each direction in feature space every pixel carries, (N, m, S, S) float32 ≥ 0 on the CPU.
 
         Hiding a trigger takes the image back along the direction in which the trigger pushes others. Looking along
-        that one direction only drops what the window's edges and the hidden object do in all the others.
+        that one direction drops what the window's edges and the hidden object do in all the others.
 
         Args:
             pixels: (N, 3, S, S) uint8.
-            direction: (D,) unit length.
+            directions: (m, D) unit length.
         """
-        direction = direction.to(self.encoder.device)
+        directions = directions.to(self.encoder.device)
         parts = []
         for chunk in self._chunks(pixels):
-            masked = F.normalize(self._masked_features(chunk), dim=1) @ direction
-            drop = -masked.view(len(chunk), len(self.masks))
+            along = F.normalize(self._masked_features(chunk), dim=1) @ directions.T
+            drop = -along.view(len(chunk), len(self.masks), -1).transpose(1, 2).flatten(0, 1)
             heat = attention_map(drop - drop.amin(dim=1, keepdim=True), self.masks)
-            parts.append(heat.cpu())
+            parts.append(heat.view(len(chunk), len(directions), *heat.shape[1:]).cpu())
         return torch.cat(parts)
 
     def windows(self, heat: Tensor) -> Tensor:

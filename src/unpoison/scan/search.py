@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from unpoison.functional.matching import patch_similarity
 from unpoison.functional.windows import crop_windows
 from unpoison.records import Clusters, ImageSet
 from unpoison.runtime import Progress
@@ -28,14 +29,17 @@ from unpoison.scan.candidates import Candidates
 from unpoison.scan.config import ScanConfig
 from unpoison.scan.flip_test import FlipTest
 
-__all__ = ["Attention", "Searcher", "directed_scores", "n_scored", "vote"]
+__all__ = ["SAME_PATTERN", "Attention", "Searcher", "directed_scores", "elect", "n_scored", "vote"]
+
+SAME_PATTERN = 0.6
+"""Normalised cross-correlation from which two patches show the same pattern."""
 
 
 class Attention(Protocol):
     """Where an image's suspicious pixels are; by masks or by Grad-CAM."""
 
     def heat(self, pixels: Tensor) -> Tensor: ...
-    def heat_along(self, pixels: Tensor, direction: Tensor) -> Tensor: ...
+    def heat_along(self, pixels: Tensor, directions: Tensor) -> Tensor: ...
     def windows(self, heat: Tensor) -> Tensor: ...
 
 
@@ -76,12 +80,10 @@ def vote(candidates: Candidates, *, leaders: int = 15, agreement: float = 0.5, m
     directions: list[Tensor] = []
     while len(directions) < most:
         voters = order[free[order]][:leaders]
-        if len(voters) < 3:
-            break
         cosine = unit[voters] @ unit[voters].T
         friends = cosine >= agreement
-        centre = int((cosine * friends).sum(dim=1).argmax())
-        group = voters[friends[centre]]
+        centre = int((cosine * friends).sum(dim=1).argmax()) if len(voters) else 0
+        group = voters[friends[centre]] if len(voters) else voters
         if len(group) < 3:
             break
         direction = F.normalize(push[group].mean(dim=0), dim=0)
@@ -90,6 +92,37 @@ def vote(candidates: Candidates, *, leaders: int = 15, agreement: float = 0.5, m
         free &= unit @ direction < agreement
         free[group] = False
     return torch.stack(directions) if directions else torch.empty(0, push.shape[1])
+
+
+def elect(trials: list[Candidates], directions: Tensor) -> Tensor:
+    """The directions that hold when one looks along them, each re-estimated from the windows so found.
+
+    A trigger's windows show one pattern: of the ten that push hardest along its direction at least three must look
+    alike, and the push must be no less than a third of the strongest one's. When no direction passes, the one that
+    pushes hardest is kept, so that a ranking still exists.
+
+    Args:
+        trials: one set of refined candidates per direction.
+        directions: (m, D), m ≥ 1.
+
+    Returns:
+        (m', D) float32, unit length, 1 ≤ m' ≤ m, hardest push first.
+    """
+    elected = []
+    for found, direction in zip(trials, directions, strict=True):
+        push = found.flips.shift - found.flips.shift.mean(dim=0)
+        along = found.flips.shift @ direction
+        leaders = along.argsort(descending=True, stable=True)[:10]
+        alike = patch_similarity(found.patches[leaders]) >= SAME_PATTERN
+        supporters = leaders[alike[int(alike.sum(dim=1).argmax())]]
+        recurs = len(supporters) >= 3
+        better = F.normalize(push[supporters if recurs else leaders].mean(dim=0), dim=0)
+        elected.append((recurs, float(along[leaders].mean()), better))
+    elected.sort(key=lambda e: e[:2], reverse=True)
+    strongest = elected[0][1]
+    return torch.stack(
+        [better for recurs, push, better in elected if recurs and push >= strongest / 3] or [elected[0][2]]
+    )
 
 
 def directed_scores(candidates: Candidates, directions: Tensor) -> Tensor:
@@ -163,6 +196,7 @@ class Searcher:
     def _rate_clusters(self, best: Tensor, scored: Candidates) -> None:
         """PoisonCAM rates a cluster by the sum of its last round, we by its best image so far."""
         config = self.config
+        assert config.score is not None, "the config is resolved before the search"
         kind = "concentrated" if config.score == "directed" else config.score
         values = scored.flips.score(kind, scored.own)
         if config.faithful:
@@ -179,32 +213,40 @@ class Searcher:
         corners = self.attention.windows(self.attention.heat(pixels))
         return self._test(index, pixels, corners, step)
 
-    def refine(self, rows: Tensor, directions: Tensor, step: str) -> Candidates:
-        """For these images the window that carries the most of one of the directions, and its flip test."""
+    def refine(self, rows: Tensor, directions: Tensor, step: str) -> list[Candidates]:
+        """For each direction, of each image the window that carries most of it, and that window's flip test."""
         pixels = self.images.pixels[rows]
-        best: Candidates | None = None
-        for number, direction in enumerate(directions):
-            corners = self.attention.windows(self.attention.heat_along(pixels, direction))
-            found = self._test(rows, pixels, corners, f"{step}/{number}")
-            if best is None:
-                best = found
-            else:
-                best = best.better_of(found, directed_scores(best, directions), directed_scores(found, directions))
-        assert best is not None, "refine needs a direction"
+        heat = self.attention.heat_along(pixels, directions)
+        return [
+            self._test(rows, pixels, self.attention.windows(heat[:, number]), f"{step}/{number}")
+            for number in range(len(directions))
+        ]
+
+    def look_again(self, rows: Tensor, directions: Tensor, step: str) -> Candidates:
+        """For each image the better of the windows that the directions find."""
+        best, *others = self.refine(rows, directions, step)
+        for other in others:
+            best = best.better_of(
+                other, directed_scores(best, directions), directed_scores(other, directions)
+            )
         return best
 
     def exploit_rows(self, candidates: Candidates, directions: Tensor, budget: int) -> Tensor:
-        """Unscored images of the clusters whose candidates push along the directions, best clusters first, (n,)."""
+        """Images of the clusters whose candidates push along the directions, scored ones first, (n,), n ≤ budget."""
         scores = directed_scores(candidates, directions)
         strength = torch.full((len(self.clusters.centroids),), -torch.inf)
         for cluster in candidates.own.unique().tolist():
-            strength[cluster] = scores[candidates.own == cluster].mean()
-        seen = set(candidates.rows.tolist())
-        queues = [[row for row in queue if row not in seen] for queue in self.queues()]
-        worthwhile = [
-            c for c in strength.argsort(descending=True).tolist() if strength[c] > 0.25 * max(float(strength.max()), 0)
+            strength[cluster] = scores[candidates.own == cluster].amax()
+        worthwhile = (strength > 0.5 * max(float(strength.max()), 0)).nonzero().flatten().tolist()
+        order = {
+            row: place for place, row in enumerate(candidates.rows[scores.argsort(descending=True)].tolist())
+        }
+        queues = [
+            sorted(queue, key=lambda row: order.get(row, len(order)))
+            for number, queue in enumerate(self.queues())
+            if number in worthwhile
         ]
-        return torch.tensor(list(_round_robin([queues[c] for c in worthwhile], budget)), dtype=torch.int64)
+        return torch.tensor(list(_round_robin(queues, budget)), dtype=torch.int64)
 
     def _test(self, rows: Tensor, pixels: Tensor, corners: Tensor, step: str) -> Candidates:
         assert self.config.window is not None, "the config is resolved before the search"

@@ -1,0 +1,118 @@
+"""How fast are pre-training and a scan, beside the bare encoder on the same machine, and where does a scan's time go?
+
+The images are scikit-learn's digits with the demo's poison; what they show hardly matters for the speed. No data set is
+needed. Goal: at least 85 % of a scan's time inside the encoder.
+
+    python benchmarks/throughput.py --threads 1
+"""
+
+import sys
+import time
+from dataclasses import replace
+
+import common
+import torch
+
+from unpoison.attack.ssl_backdoor import poison
+from unpoison.demo import DIGITS, embedded_digits
+from unpoison.encoders.encoder import Encoder
+from unpoison.pretrain.loop import pretrain
+
+NETWORKS = {
+    "resnet10, width 32": DIGITS.victim,
+    "resnet18, width 64": replace(DIGITS.victim, arch="resnet18", width=64),
+}
+EPOCHS = 3  # enough for features that cluster; the rate is that of any length
+
+
+class TimedEncoder(Encoder):
+    """An encoder that knows how long it worked."""
+
+    seconds = 0.0
+
+    @classmethod
+    def of(cls, encoder):
+        timed = object.__new__(cls)
+        timed.__dict__.update(encoder.__dict__)
+        return timed
+
+    def features(self, images):
+        started = time.perf_counter()
+        values = super().features(images)
+        if values.is_cuda:
+            torch.cuda.synchronize()
+        self.seconds += time.perf_counter() - started
+        return values
+
+
+def bare_rate(encoder, pixels, *, batch_size=512, least=3.0):
+    """Images per second of the encoder alone, full batches, for at least so many seconds."""
+    batch = pixels[:batch_size].to(encoder.device)
+    encoder.features(batch)
+    shown, started = 0, time.perf_counter()
+    while time.perf_counter() - started < least:
+        encoder.features(batch).cpu()
+        shown += len(batch)
+    return shown / (time.perf_counter() - started)
+
+
+def measure(config, seed, options):
+    from unpoison.pipeline import scan
+
+    images, labels, names = embedded_digits()
+    poisoned, _ = poison(images, labels, names, DIGITS.attack, seed)
+    config = replace(config, epochs=EPOCHS)
+    started = time.perf_counter()
+    encoder = pretrain(poisoned, config, seed=seed, device=options.device).encoder
+    training = time.perf_counter() - started
+    steps = EPOCHS * (len(poisoned) // min(config.batch_size, len(poisoned)))
+    before = bare_rate(encoder, poisoned.pixels)
+    timed = TimedEncoder.of(encoder)
+    timed.images_shown = 0
+    started = time.perf_counter()
+    scan(poisoned, timed, seed=seed)
+    seconds = time.perf_counter() - started
+    after = bare_rate(encoder, poisoned.pixels)  # a shared machine changes its mind; both are reported
+    return {
+        "n_images": len(poisoned),
+        "pretrain_per_second": steps * config.batch_size / training,
+        "bare_per_second": [before, after],
+        "scan_seconds": seconds,
+        "images_shown": timed.images_shown,
+        "scan_per_second": timed.images_shown / seconds,
+        "share_inside_encoder": timed.seconds / seconds,
+    }
+
+
+def table(results):
+    header = ["encoder", "pre-training, images/s", "bare encoder, images/s", "scan, images shown/s", "scan s"]
+    header.append("share inside the encoder %")
+    rows = [
+        [
+            row["case"],
+            f"{row['pretrain_per_second']:.0f}",
+            " … ".join(f"{rate:.0f}" for rate in sorted(row["bare_per_second"])),
+            f"{row['scan_per_second']:.0f}",
+            f"{row['scan_seconds']:.1f}",
+            f"{100 * row['share_inside_encoder']:.0f}",
+        ]
+        for row in results["rows"]
+    ]
+    return common.markdown(header, rows)
+
+
+if __name__ == "__main__":
+    options = common.parse(__doc__, seeds=[0], cases=list(NETWORKS))
+    options.fresh = True  # a speed is measured now or not at all
+    code = common.run_jobs(
+        "throughput",
+        [
+            common.Job(name, seed, common.asdict(config), lambda c=config, s=seed: measure(c, s, options))
+            for seed in options.seeds
+            for name, config in NETWORKS.items()
+            if name in options.cases
+        ],
+        options,
+    )
+    common.print_table("throughput", table)
+    sys.exit(code)

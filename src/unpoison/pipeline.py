@@ -1,0 +1,640 @@
+"""The story in code: what happens to images on the way to a verdict, one call per stage.
+
+images → encoder → features → clusters → search → confirmation → classifier → findings
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas
+import torch
+from torch import Tensor, nn
+
+from unpoison.data.load import as_image_set, usual_side
+from unpoison.data.sources import ImageSource, open_source
+from unpoison.encoders.checkpoints import as_encoder, load_encoder, save_encoder
+from unpoison.encoders.encoder import Encoder, Preprocessing
+from unpoison.encoders.extract import extract_features
+from unpoison.errors import NothingToScanError
+from unpoison.functional.clustering import kmeans
+from unpoison.pretrain.loop import PretrainConfig, pretrain
+from unpoison.records import (
+    Box,
+    Clusters,
+    Evidence,
+    Features,
+    Geometry,
+    ImageSet,
+    ScanResult,
+    TriggerFinding,
+    Verdict,
+)
+from unpoison.report.folder import write_report
+from unpoison.runs import MemoryRun, RunFolder, Stages, load_result
+from unpoison.runtime import Progress, silent, stage_generator
+from unpoison.scan.candidates import Candidates
+from unpoison.scan.config import ScanConfig
+from unpoison.scan.confirm import Confirmation, Finalist, confirm, find_finalists
+from unpoison.scan.flip_test import FlipTest, nearest_rows
+from unpoison.scan.patchsearch import GradCamAttention
+from unpoison.scan.poison_classifier import ClassifierConfig, train_poison_classifier
+from unpoison.scan.poisoncam import MaskAttention
+from unpoison.scan.search import Attention, Searcher, directed_scores, elect, vote
+
+__all__ = ["FEWEST_IMAGES", "Images", "scan"]
+
+Images = str | Path | ImageSource | ImageSet | Tensor | Sequence[str | Path]
+
+FEWEST_IMAGES = 50
+"""Readable images below which clusters, a search half and a confirmation half mean nothing."""
+
+_TRIALS = 64
+_EVIDENCE = 24
+
+
+def scan(
+    images: Images,
+    encoder: Encoder | nn.Module | str | Path | None = None,
+    *,
+    config: ScanConfig | None = None,
+    out: str | Path | None = None,
+    preprocessing: Preprocessing | None = None,
+    pretrain_config: PretrainConfig | None = None,
+    image_size: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    precision: str = "auto",
+    batch_size: int | None = None,
+    workers: int | None = None,
+    root: str | Path | None = None,
+    follow_links: bool = False,
+    only: Collection[str] | None = None,
+    limit: int | None = None,
+    sample: int | None = None,
+    min_coverage: float = 0.99,
+    fresh: bool = False,
+    progress: Progress = silent,
+) -> ScanResult:
+    """Which of these images are poisoned?
+
+    Args:
+        images: a folder, parquet or tar shards, a list file; or in Python an `ImageSet`, a tensor (N, 3, H, W), paths.
+        encoder: trained on the images, or thought to be; a reference (`timm:NAME`, a file), an `Encoder`, or a module
+            (then with `preprocessing`). None trains one on the images first.
+        config: what to look for and how hard.
+        out: run folder with all files of a run; a run that was stopped goes on there, a finished one is returned.
+            None keeps everything in memory.
+        preprocessing: of a module.
+        pretrain_config: for `encoder` None.
+        image_size: for `encoder` None; default: the usual side of the images, at most 224 pixels.
+        seed: every draw of the run depends on it alone.
+        device, precision: see `runtime`.
+        batch_size: images per pass; None picks by device.
+        workers: decoding threads.
+        root, follow_links, only: see `data.sources.open_source`.
+        limit, sample: scan only the first, or a random, part.
+        min_coverage: share of images that must be readable for any verdict but `inconclusive`.
+        fresh: forget an earlier run in `out`.
+        progress: told (stage, done, total).
+
+    Raises:
+        ConfigError: a setting is wrong, or `out` holds something else.
+        NothingToScanError: fewer than 50 readable images.
+        CheckpointError: the encoder's weights are refused.
+    """
+    started = time.perf_counter()
+    config = config or ScanConfig()
+    source = (
+        open_source(images, root=root, follow_links=follow_links, only=only)
+        if isinstance(images, str | Path)
+        else images
+    )
+    given = (
+        None if encoder is None else as_encoder(encoder, preprocessing, device=device, precision=precision)
+    )
+    recipe = pretrain_config or PretrainConfig()
+    geometry = given.preprocessing.geometry if given else _own_geometry(source, image_size)
+    settings = {
+        "images": {"signature": _signature(source), "limit": limit, "sample": sample},
+        "encoder": {"name": given.name, "weights": given.fingerprint}
+        if given
+        else {"pretrain": asdict(recipe)},
+        "geometry": asdict(geometry),
+        "config": asdict(config),
+        "seed": seed,
+        "min_coverage": min_coverage,
+    }
+    run: Stages = MemoryRun()
+    folder = None if out is None else RunFolder(Path(out), settings, fresh=fresh)
+    if folder is not None:
+        if folder.complete:
+            return load_result(folder.path)
+        run = folder
+    decoded = as_image_set(
+        source,
+        geometry,
+        workers=workers,
+        store=folder.cache / "pixels" if folder else None,
+        limit=limit,
+        sample=sample,
+        seed=seed,
+        progress=progress,
+    )
+    if len(decoded) < FEWEST_IMAGES:
+        raise NothingToScanError(
+            f"{len(decoded)} readable images ({len(decoded.skipped)} unreadable): a scan needs at least {FEWEST_IMAGES}"
+        )
+    resolved = config.resolve(len(decoded), geometry.size)
+    suspect = given or _train(decoded, recipe, folder, seed, device, precision, progress)
+    bench = _Bench(decoded, suspect, resolved, run, seed, batch_size or _usual_batch(suspect), progress)
+    return _conclude(bench, folder, config, min_coverage, started)
+
+
+@dataclass(frozen=True, eq=False)
+class _Bench:
+    """What every stage of one scan needs."""
+
+    images: ImageSet
+    encoder: Encoder
+    config: ScanConfig
+    run: Stages
+    seed: int
+    batch_size: int
+    progress: Progress
+
+    def generator(self, stage: str) -> torch.Generator:
+        return stage_generator(self.seed, f"scan/{stage}")
+
+    def passes(self) -> int:
+        return self.encoder.images_shown
+
+
+@dataclass(frozen=True, eq=False)
+class _Search:
+    """What the search found."""
+
+    candidates: Candidates
+    scores: Tensor
+    directions: Tensor
+    attention: Attention
+    flip_test: FlipTest
+    held_out: Tensor
+
+
+def _conclude(
+    bench: _Bench, folder: RunFolder | None, config: ScanConfig, min_coverage: float, started: float
+) -> ScanResult:
+    """From features to the saved result."""
+    features = _features(bench)
+    clusters = _clusters(bench, features)
+    search = _search(bench, features, clusters)
+    finalists = find_finalists(search.candidates, search.scores, bench.images)
+    confirmations = _confirm(bench, clusters, search, finalists)
+    accepted = [
+        (finalist, said)
+        for finalist, said in zip(finalists, confirmations, strict=True)
+        if said.p_value <= config.alpha
+    ]
+    accepted.sort(key=lambda pair: pair[1].flip_rate, reverse=True)
+    search = _rank_by_confirmed(search, [finalist for finalist, _ in accepted])
+    probability, threshold = _classify(bench, clusters, search, [finalist for finalist, _ in accepted])
+    triggers = tuple(_trigger(bench, search, finalist, said) for finalist, said in accepted)
+    n_named = len(bench.images) + len(bench.images.skipped)
+    covered = len(bench.images) / n_named
+    verdict: Verdict = (
+        "poisoned" if triggers else "no_evidence" if covered >= min_coverage else "inconclusive"
+    )
+    findings = _findings(bench, clusters, search, triggers, probability, threshold)
+    evidence = _evidence(bench, search)
+    summary = _summary(
+        bench, search, verdict, findings, triggers, accepted, confirmations, covered, min_coverage, started
+    )
+    result = ScanResult(verdict, findings, triggers, evidence, summary)
+    if folder is not None:
+        write_report(folder.path, result, images=bench.images)
+        folder.save(result)
+    return result
+
+
+def _own_geometry(source: Images, image_size: int | None) -> Geometry:
+    """For images that train their own encoder."""
+    if image_size is None:
+        if isinstance(source, ImageSet):
+            image_size = source.size
+        elif isinstance(source, Tensor):
+            image_size = int(source.shape[-1])
+        else:
+            image_size = usual_side(source)
+    return Geometry(image_size, image_size)
+
+
+def _signature(source: Images) -> str:
+    """Changes when the images may have changed."""
+    if isinstance(source, ImageSource):
+        return source.signature()
+    if isinstance(source, ImageSet) and source.fingerprint:
+        return source.fingerprint
+    pixels = source.pixels if isinstance(source, ImageSet) else source
+    if isinstance(pixels, Tensor):
+        return hashlib.sha256(pixels.contiguous().numpy().tobytes()).hexdigest()
+    return hashlib.sha256("\n".join(map(str, source)).encode()).hexdigest()
+
+
+def _usual_batch(encoder: Encoder) -> int:
+    return 512 if encoder.device.type == "cpu" else 2048
+
+
+def _train(
+    images: ImageSet,
+    recipe: PretrainConfig,
+    folder: RunFolder | None,
+    seed: int,
+    device: str,
+    precision: str,
+    progress: Progress,
+) -> Encoder:
+    """An encoder of our own, kept in the run folder."""
+    if folder is None:
+        return pretrain(
+            images, recipe, seed=seed, device=device, precision=precision, progress=progress
+        ).encoder
+    path = folder.path / "encoder.safetensors"
+    if not path.exists():
+        trained = pretrain(
+            images,
+            recipe,
+            seed=seed,
+            device=device,
+            precision=precision,
+            checkpoint=folder.cache / "pretrain.state",
+            progress=progress,
+        )
+        save_encoder(trained, path)
+    return load_encoder(path, device=device, precision=precision)
+
+
+def _features(bench: _Bench) -> Features:
+    def compute() -> dict[str, Tensor]:
+        found = extract_features(
+            bench.encoder, bench.images, batch_size=bench.batch_size, progress=bench.progress
+        )
+        return {"values": found.values}
+
+    return Features(bench.images.ids, bench.run.stage("features", compute, passes=bench.passes)["values"])
+
+
+def _clusters(bench: _Bench, features: Features) -> Clusters:
+    def compute() -> dict[str, Tensor]:
+        assert bench.config.clusters is not None
+        found = kmeans(
+            features.values.to(bench.encoder.device),
+            bench.config.clusters,
+            generator=bench.generator("kmeans"),
+            progress=lambda done, total: bench.progress("cluster", done, total),
+        )
+        return {"centroids": found.centroids.cpu(), "assignment": found.assignment.cpu()}
+
+    return Clusters(**bench.run.stage("clusters", compute))
+
+
+def _search(bench: _Bench, features: Features, clusters: Clusters) -> _Search:
+    """Explore as published; then, unless faithful, vote, look along the elected directions, and look further."""
+    config = bench.config
+    assert config.window is not None and config.n_flips is not None and config.score is not None
+    n_images = len(bench.images)
+    shuffled = torch.randperm(n_images, generator=bench.generator("split"))
+    held_out = shuffled[: min(1000, n_images // 4)]
+    allowed = torch.ones(n_images, dtype=torch.bool)
+    allowed[held_out] = False
+    rows = nearest_rows(
+        features.values, clusters, allowed, config.n_flips, generator=bench.generator("flip set")
+    )
+    flip_test = FlipTest.draw(
+        bench.encoder,
+        bench.images,
+        clusters,
+        rows,
+        config.window,
+        generator=bench.generator("flip corners"),
+        with_control=not config.faithful,
+        batch_size=bench.batch_size,
+    )
+    attention: Attention
+    if config.attention == "gradcam":
+        attention = GradCamAttention(bench.encoder, clusters, config, batch_size=bench.batch_size)
+    else:
+        attention = MaskAttention(
+            bench.encoder, clusters, config, generator=bench.generator("masks"), batch_size=bench.batch_size
+        )
+    searcher = Searcher(
+        bench.images, clusters, attention, flip_test, config, allowed, bench.generator, bench.progress
+    )
+
+    def cached(name: str, compute: Any) -> Candidates:
+        return Candidates.from_tensors(
+            bench.run.stage(name, lambda: compute().to_tensors(), passes=bench.passes)
+        )
+
+    explored = searcher.explore(cached)
+    directions = torch.empty(0, features.values.shape[1])
+    if config.score != "directed":
+        scores = explored.flips.score(config.score, explored.own)
+        return _Search(explored, scores, directions, attention, flip_test, held_out)
+    directions = vote(explored)
+    if len(directions):
+        strongest = explored.flips.score("concentrated", explored.own).argsort(descending=True, stable=True)
+        trial_rows = explored.rows[strongest[:_TRIALS]]
+        trials = [
+            cached(
+                f"trial-{number}",
+                lambda d=direction, n=number: searcher.refine(trial_rows, d[None], f"trial/{n}")[0],
+            )
+            for number, direction in enumerate(directions)
+        ]
+        directions = elect(trials, directions)
+    if len(directions) == 0:
+        return _Search(
+            explored, directed_scores(explored, directions), directions, attention, flip_test, held_out
+        )
+    wanted = searcher.exploit_rows(explored, directions, config.exploit)
+    found = []
+    for start in range(0, len(wanted), 100):
+        part = wanted[start : start + 100]
+        name = f"exploit-{start // 100:02d}"
+        found.append(cached(name, lambda part=part, name=name: searcher.look_again(part, directions, name)))
+        bench.progress("search again", min(start + 100, len(wanted)), len(wanted))
+    again = Candidates.concatenate(found)
+    first_look = explored.take((~torch.isin(explored.rows, again.rows)).nonzero().flatten())
+    candidates = Candidates.concatenate([again, first_look])
+    return _Search(
+        candidates, directed_scores(candidates, directions), directions, attention, flip_test, held_out
+    )
+
+
+def _confirm(
+    bench: _Bench, clusters: Clusters, search: _Search, finalists: list[Finalist]
+) -> list[Confirmation]:
+    said: list[Confirmation] = []
+
+    def compute() -> dict[str, Tensor]:
+        said.extend(
+            confirm(
+                bench.encoder,
+                bench.images,
+                clusters,
+                search.candidates,
+                finalists,
+                search.held_out,
+                search.flip_test,
+                generator=bench.generator("confirm"),
+                batch_size=bench.batch_size,
+            )
+        )
+        rows = [[c.flip_rate, c.control_rate, c.tau, c.p_value, c.n_images] for c in said]
+        return {"confirmations": torch.tensor(rows, dtype=torch.float64).view(-1, 5)}
+
+    rows = bench.run.stage("confirm", compute, passes=bench.passes)["confirmations"].tolist()
+    return [Confirmation(r[0], r[1], r[2], r[3], int(r[4])) for r in rows]
+
+
+def _rank_by_confirmed(search: _Search, finalists: list[Finalist]) -> _Search:
+    """Scores along the directions of confirmed triggers only.
+
+    A benign window can push harder than a trigger (a pen stroke makes another digit); once it is known which patterns
+    are triggers, only their push is evidence of poison.
+    """
+    if not finalists or len(search.directions) == 0:
+        return search
+    shift = search.candidates.flips.shift
+    pushes = torch.stack([shift[f.members].mean(dim=0) for f in finalists]) - shift.mean(dim=0)
+    directions = torch.nn.functional.normalize(pushes, dim=1)
+    return replace(search, directions=directions, scores=directed_scores(search.candidates, directions))
+
+
+def _classify(
+    bench: _Bench, clusters: Clusters, search: _Search, finalists: list[Finalist]
+) -> tuple[Tensor | None, float]:
+    """Every image's probability of carrying a confirmed trigger; nothing is trained when nothing is confirmed."""
+    if not finalists:
+        return None, 1.0
+    candidates = search.candidates
+    members = torch.cat([finalist.members for finalist in finalists])
+    # Each trigger sends its strongest windows, in turn, until there are top_k.
+    turns = [
+        int(f.members[place])
+        for place in range(max(len(f.members) for f in finalists))
+        for f in finalists
+        if place < len(f.members)
+    ][: bench.config.top_k]
+    chosen = torch.tensor(turns)
+    suspected = torch.zeros(len(clusters.centroids), dtype=torch.bool)
+    suspected[candidates.own[members]] = True
+    base = (~suspected[clusters.assignment]).nonzero().flatten()
+    if len(base) < 0.2 * len(
+        bench.images
+    ):  # poison everywhere: leave out only what carries a confirmed trigger
+        innocent = torch.ones(len(bench.images), dtype=torch.bool)
+        innocent[candidates.rows[members]] = False
+        base = innocent.nonzero().flatten()
+    harmless = search.scores.argsort(stable=True)[: max(20, len(candidates) // 4)]
+    harmless = harmless[~torch.isin(harmless, members)]
+
+    def compute() -> dict[str, Tensor]:
+        classifier = train_poison_classifier(
+            bench.images,
+            candidates.patches[chosen],
+            base_rows=base,
+            benign_patches=candidates.patches[harmless],
+            positives=candidates.rows[chosen],
+            config=ClassifierConfig.published() if bench.config.faithful else ClassifierConfig(),
+            seed=bench.seed,
+            device=str(bench.encoder.device),
+            precision="bf16" if bench.encoder.precision == torch.bfloat16 else "fp32",
+            progress=bench.progress,
+        )
+        probability = classifier.probability(bench.images.pixels)
+        return {
+            "probability": probability,
+            "threshold": torch.tensor(classifier.threshold, dtype=torch.float64),
+        }
+
+    found = bench.run.stage("classifier", compute)
+    return found["probability"], float(found["threshold"])
+
+
+def _trigger(bench: _Bench, search: _Search, finalist: Finalist, said: Confirmation) -> TriggerFinding:
+    side = search.candidates.patches.shape[-1]
+    rows = search.candidates.rows[finalist.members].tolist()
+    corners = search.candidates.corners[finalist.members].tolist()
+    return TriggerFinding(
+        target_cluster=finalist.target_cluster,
+        flip_rate=said.flip_rate,
+        control_rate=said.control_rate,
+        p_value=said.p_value,
+        n_sources=len(rows),
+        source_ids=tuple(bench.images.ids[row] for row in rows),
+        boxes=tuple(Box(left, top, side, side) for top, left in corners),
+        patches=search.candidates.patches[finalist.members],
+    )
+
+
+def _findings(
+    bench: _Bench,
+    clusters: Clusters,
+    search: _Search,
+    triggers: tuple[TriggerFinding, ...],
+    probability: Tensor | None,
+    threshold: float,
+) -> pandas.DataFrame:
+    """One row for every image that the source named; what was not examined is empty, not zero."""
+    images, candidates = bench.images, search.candidates
+    table = pandas.DataFrame({"id": list(images.ids), "cluster": clusters.assignment.numpy()})
+    table["scored"] = False
+    rows = candidates.rows.numpy()
+    table.loc[rows, "scored"] = True
+    scores = pandas.Series(search.scores.double().numpy(), index=rows)
+    table["poison_score"] = scores.reindex(table.index)
+    side = candidates.patches.shape[-1]
+    for name, values in (
+        ("box_x", candidates.corners[:, 1]),
+        ("box_y", candidates.corners[:, 0]),
+        ("box_w", torch.full((len(rows),), side)),
+        ("box_h", torch.full((len(rows),), side)),
+    ):
+        table[name] = pandas.Series(values.numpy(), index=rows, dtype="Int32").reindex(table.index)
+    sources = {source for trigger in triggers for source in trigger.source_ids}
+    if probability is None:
+        table["poison_probability"] = float("nan")
+        table["flagged"] = False
+    else:
+        table["poison_probability"] = probability.double().numpy()
+        table["flagged"] = (table["poison_probability"] > threshold) | table["id"].isin(sources)
+    table["skip_reason"] = None
+    skipped = pandas.DataFrame(
+        {"id": [s.id for s in images.skipped], "skip_reason": [s.reason for s in images.skipped]}
+    )
+    if len(skipped):
+        skipped["scored"] = skipped["flagged"] = False
+        table = pandas.concat([table.astype({"cluster": "Int32"}), skipped], ignore_index=True)
+    return table.astype(
+        {
+            "cluster": "Int32",
+            "scored": bool,
+            "poison_score": float,
+            "box_x": "Int32",
+            "box_y": "Int32",
+            "box_w": "Int32",
+            "box_h": "Int32",
+            "poison_probability": float,
+            "flagged": bool,
+            "skip_reason": "str",
+        }
+    )
+
+
+def _evidence(bench: _Bench, search: _Search) -> Evidence:
+    """The highest-scored images with the map that chose their window."""
+    best = search.scores.argsort(descending=True, stable=True)[:_EVIDENCE]
+    pixels = bench.images.pixels[search.candidates.rows[best]]
+
+    def compute() -> dict[str, Tensor]:
+        if len(search.directions):
+            heat = search.attention.heat_along(pixels, search.directions[:1])[:, 0]
+        else:
+            heat = search.attention.heat(pixels)
+        heat = heat - heat.amin(dim=(1, 2), keepdim=True)
+        return {"attention": heat / heat.amax(dim=(1, 2), keepdim=True).clamp_min(1e-12)}
+
+    heat = bench.run.stage("evidence", compute, passes=bench.passes)["attention"]
+    ids = tuple(bench.images.ids[row] for row in search.candidates.rows[best].tolist())
+    return Evidence(ids, pixels, heat)
+
+
+def _summary(
+    bench: _Bench,
+    search: _Search,
+    verdict: Verdict,
+    findings: pandas.DataFrame,
+    triggers: tuple[TriggerFinding, ...],
+    accepted: list[tuple[Finalist, Confirmation]],
+    confirmations: list[Confirmation],
+    covered: float,
+    min_coverage: float,
+    started: float,
+) -> dict[str, Any]:
+    """The content of verdict.json."""
+    config, encoder, images = bench.config, bench.encoder, bench.images
+    n_scored = int(findings["scored"].sum())
+    summary: dict[str, Any] = {
+        "schema": 1,
+        "verdict": verdict,
+        "method": config.method,
+        "alpha": config.alpha,
+        "p_value": min((said.p_value for said in confirmations), default=None),
+        "n_images": len(findings),
+        "n_scored": n_scored,
+        "n_unscored": len(images) - n_scored,
+        "n_skipped": len(images.skipped),
+        "n_flagged": int(findings["flagged"].sum()),
+        "triggers": [
+            {
+                "target_cluster": trigger.target_cluster,
+                "flip_rate": trigger.flip_rate,
+                "control_rate": trigger.control_rate,
+                "tau": said.tau,
+                "p_value": trigger.p_value,
+                "n_sources": trigger.n_sources,
+                "n_confirmation": said.n_images,
+                "image": f"triggers/trigger-{number}.png",
+            }
+            for number, (trigger, (_, said)) in enumerate(zip(triggers, accepted, strict=True), start=1)
+        ],
+        "scope": _scope(bench, covered),
+        "coverage": covered,
+        "encoder": encoder.name,
+        "encoder_fingerprint": encoder.fingerprint,
+        "images_fingerprint": images.fingerprint,
+        "encoder_passes": bench.run.passes + len(search.flip_test.flip_set.pixels),
+        "seconds": round(time.perf_counter() - started, 3),
+        "stages": {name: round(seconds, 3) for name, seconds in bench.run.seconds.items()},
+        "precision": str(encoder.precision).removeprefix("torch."),
+        "config": asdict(config),
+        "seed": bench.seed,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in ("unpoison", "torch", "timm", "numpy")},
+        },
+    }
+    if verdict == "inconclusive":
+        summary["reason"] = (
+            f"{covered:.1%} of the images could be read, less than the {min_coverage:.1%} asked for; "
+            "repair them, or lower --min-coverage"
+        )
+    return summary
+
+
+def _scope(bench: _Bench, covered: float) -> dict[str, list[str]]:
+    config, size = bench.config, bench.encoder.preprocessing.geometry.size
+    tested = [
+        f"opaque patches of up to about {config.window} of {size} pixels per side, anywhere in the image",
+        "patches that steer other images to one place in this encoder's feature space",
+    ]
+    not_tested = [
+        "triggers that cover the whole image (frequency, blended, warping)",
+        "several copies of a trigger in one image, and triggers much larger than the window",
+        "poison that this encoder has not learned from",
+        "images that no cluster's sample reached: the search scores a part of the images only",
+    ]
+    if covered < 1:
+        not_tested.append(f"{len(bench.images.skipped)} images that could not be read")
+    if bench.encoder.preprocessing.assumed:
+        not_tested.append("whether the encoder's normalisation is right: mean, std or size had to be assumed")
+    return {"tested": tested, "not_tested": not_tested}

@@ -1,0 +1,269 @@
+"""Is the best candidate a trigger? Fixed before, tested on images that the search never saw.
+
+The search picks the strongest of hundreds of candidates, so its own numbers are too good. Here each finalist (one
+patch, one set of target clusters) is fixed on the search half and tested once on the confirmation half, by two exact
+tests that must both reject: the patch moves more than a rate tau of the images that its shuffled control leaves where
+they are, and it moves more images than its control does at the same places. Counting only what the control does not
+move takes plain colour and occlusion out of the effect size, not just out of the comparison. A finalist must also
+recur: the same pattern cut from at least three different pictures.
+
+Whatever the search did, the claim "some patch steers more than tau of the images to these clusters, by its pattern" is
+false with probability at most alpha: everything was fixed before the confirmation half was touched.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from unpoison.encoders.encoder import Encoder
+from unpoison.functional.clustering import assign
+from unpoison.functional.matching import duplicate_images, patch_similarity
+from unpoison.functional.windows import crop_windows, paste_windows
+from unpoison.records import Clusters, ImageSet
+from unpoison.scan.candidates import Candidates
+from unpoison.scan.flip_test import FlipTest, draw_corners, shuffle_blocks
+from unpoison.scan.search import SAME_PATTERN
+
+__all__ = ["MIN_SOURCES", "Confirmation", "Finalist", "binomial_tail", "confirm", "find_finalists", "holm"]
+
+MIN_SOURCES = 3
+"""Different pictures that must carry the same pattern; an attack needs hundreds."""
+
+_COMPARED = 120
+"""Strongest candidates that are compared with each other."""
+
+_SMALLEST_RATE = 0.03
+"""Below this share of steered images no attack is worth while."""
+
+
+@dataclass(frozen=True, eq=False)
+class Finalist:
+    """A pattern that recurs among the strongest candidates, and where it sends images.
+
+    Attributes:
+        members: candidates that carry it, strongest first; the first one's patch is tested.
+        target_cluster: the cluster that gains most.
+        attractors: (c,) int64, all clusters that gain at least a quarter as much.
+    """
+
+    members: Tensor
+    target_cluster: int
+    attractors: Tensor
+
+
+@dataclass(frozen=True)
+class Confirmation:
+    """What the confirmation half says of one finalist.
+
+    Attributes:
+        flip_rate, control_rate: share of the images that the patch, and its control, moved to the attractors.
+        tau: share moved by the patch and not by its control that had to be exceeded.
+        p_value: larger of the two tests' p-values, corrected for the number of finalists by Holm's method.
+        n_images: images it was tested on.
+    """
+
+    flip_rate: float
+    control_rate: float
+    tau: float
+    p_value: float
+    n_images: int
+
+
+def find_finalists(
+    candidates: Candidates, scores: Tensor, images: ImageSet, *, most: int = 5
+) -> list[Finalist]:
+    """Patterns that recur among the strongest candidates, most frequent first.
+
+    Args:
+        candidates: all scored ones.
+        scores: (n,) float32, higher is more suspicious.
+        images: the data set, to tell copies of a picture apart from independent sources.
+        most: finalists at the most; fewer lose less to the correction for many tests.
+    """
+    order = scores.argsort(descending=True, stable=True)[:_COMPARED]
+    alike = patch_similarity(candidates.patches[order]) >= SAME_PATTERN
+    copies = duplicate_images(images.pixels[candidates.rows[order]])
+    finalists: list[Finalist] = []
+    for members in _groups(alike):
+        distinct: list[int] = []
+        for member in members:
+            if not any(copies[member, other] for other in distinct):
+                distinct.append(member)
+        if len(distinct) < MIN_SOURCES:
+            continue
+        chosen = order[torch.tensor(distinct)]
+        flips = candidates.take(chosen).flips
+        gain = torch.minimum(flips.gain, flips.gain - flips.control_gain).mean(dim=0)
+        if float(gain.max()) <= 0:
+            continue
+        attractors = (gain >= 0.25 * gain.max()).nonzero().flatten()
+        finalists.append(Finalist(chosen, int(gain.argmax()), attractors))
+    return finalists[:most]
+
+
+def _groups(alike: Tensor) -> list[list[int]]:
+    """Connected components of a symmetric (n, n) bool relation, largest first, members in order.
+
+    Chains count: two windows that hold opposite edges of one trigger need not look alike themselves.
+    """
+    label = torch.arange(len(alike))
+    while True:
+        lowest = torch.where(alike, label, len(alike)).amin(dim=1)
+        if torch.equal(lowest, label):
+            break
+        label = lowest
+    groups = [(label == value).nonzero().flatten().tolist() for value in sorted(set(label.tolist()))]
+    return sorted(groups, key=len, reverse=True)
+
+
+def binomial_tail(hits: int, trials: int, rate: float) -> float:
+    """P(X ≥ hits) for X binomial with this number of trials and rate.
+
+    >>> round(binomial_tail(23, 500, 0.02), 4) <= 0.0005
+    True
+    >>> binomial_tail(0, 10, 0.5)
+    1.0
+    """
+    if hits <= 0:
+        return 1.0
+    if rate <= 0:
+        return 0.0
+    if rate >= 1:
+        return 1.0 if hits <= trials else 0.0
+    log_odds = (math.log(rate), math.log1p(-rate))
+    terms = (
+        math.lgamma(trials + 1)
+        - math.lgamma(k + 1)
+        - math.lgamma(trials - k + 1)
+        + k * log_odds[0]
+        + (trials - k) * log_odds[1]
+        for k in range(hits, trials + 1)
+    )
+    return min(1.0, math.fsum(math.exp(term) for term in terms))
+
+
+def holm(p_values: list[float]) -> list[float]:
+    """Holm's step-down correction, in the given order.
+
+    >>> holm([0.01, 0.04])
+    [0.02, 0.04]
+    """
+    adjusted = [0.0] * len(p_values)
+    largest = 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
+def confirm(
+    encoder: Encoder,
+    images: ImageSet,
+    clusters: Clusters,
+    candidates: Candidates,
+    finalists: list[Finalist],
+    held_out: Tensor,
+    flip_test: FlipTest,
+    *,
+    generator: torch.Generator,
+    batch_size: int,
+) -> list[Confirmation]:
+    """Test each finalist on the held-out images.
+
+    Args:
+        encoder, images, clusters: as in the search.
+        candidates: the finalists index into them.
+        finalists: fixed before; see `find_finalists`.
+        held_out: (B,) int64 rows that neither the flip set nor any candidate used.
+        flip_test: measures what random windows of the data do, which sets tau.
+        generator: places, and the order of the controls' blocks.
+        batch_size: images per pass.
+    """
+    if not finalists:
+        return []
+    benign = _benign_flips(images, flip_test, held_out, generator)
+    results = []
+    raw = []
+    for finalist in finalists:
+        patch = candidates.patches[_strongest(candidates, finalist)]
+        tau = max(_SMALLEST_RATE, 2 * float(benign[:, finalist.attractors].sum(dim=1).quantile(0.975)))
+        rows = held_out[~torch.isin(clusters.assignment[held_out], finalist.attractors)]
+        hit, control_hit = _paste_pairs(
+            encoder,
+            images,
+            clusters,
+            patch,
+            rows,
+            finalist.attractors,
+            generator=generator,
+            batch_size=batch_size,
+        )
+        only_patch, only_control = int((hit & ~control_hit).sum()), int((control_hit & ~hit).sum())
+        raw.append(
+            max(
+                binomial_tail(only_patch, len(rows), tau),
+                binomial_tail(only_patch, only_patch + only_control, 0.5),
+            )
+        )
+        n = max(len(rows), 1)
+        results.append((int(hit.sum()) / n, int(control_hit.sum()) / n, tau, len(rows)))
+    return [
+        Confirmation(flip_rate=rate, control_rate=control, tau=tau, p_value=p, n_images=n)
+        for (rate, control, tau, n), p in zip(results, holm(raw), strict=True)
+    ]
+
+
+def _strongest(candidates: Candidates, finalist: Finalist) -> int:
+    """The member whose patch sent most of the search half's flip images to the attractors."""
+    gain = candidates.flips.gain[finalist.members][:, finalist.attractors].sum(dim=1)
+    return int(finalist.members[gain.argmax()])
+
+
+def _benign_flips(
+    images: ImageSet, flip_test: FlipTest, held_out: Tensor, generator: torch.Generator
+) -> Tensor:
+    """(64, K) what random windows of random search-half images gain over their controls; mostly innocent windows."""
+    allowed = torch.ones(len(images), dtype=torch.bool)
+    allowed[held_out] = False
+    rows = allowed.nonzero().flatten()
+    rows = rows[torch.randperm(len(rows), generator=generator)[:64]]
+    side = flip_test.window
+    corners = draw_corners(len(rows), images.size, side, generator=generator)
+    flips = flip_test.run(crop_windows(images.pixels[rows], corners, side), generator=generator)
+    return flips.gain - flips.control_gain
+
+
+def _paste_pairs(
+    encoder: Encoder,
+    images: ImageSet,
+    clusters: Clusters,
+    patch: Tensor,
+    rows: Tensor,
+    attractors: Tensor,
+    *,
+    generator: torch.Generator,
+    batch_size: int,
+) -> tuple[Tensor, Tensor]:
+    """Whether the patch, and a fresh shuffle of it, moves each image to an attractor; (B,) bool each."""
+    side = patch.shape[-1]
+    corners = draw_corners(len(rows), images.size, side, generator=generator)
+    patches = patch[None].expand(len(rows), -1, -1, -1)
+    controls = shuffle_blocks(patches, generator=generator)
+    centroids = clusters.centroids.to(encoder.device)
+    attractors = attractors.to(encoder.device)
+    hits: list[list[Tensor]] = [[], []]
+    for start in range(0, len(rows), batch_size):
+        part = slice(start, start + batch_size)
+        pixels = images.pixels[rows[part]].to(encoder.device)
+        places = corners[part].to(encoder.device)
+        for which, stamped in enumerate((patches, controls)):
+            pasted = paste_windows(pixels, stamped[part].to(encoder.device), places)
+            where = assign(F.normalize(encoder.features(pasted), dim=1), centroids)
+            hits[which].append(torch.isin(where, attractors).cpu())
+    empty = torch.empty(0, dtype=torch.bool)
+    return torch.cat([empty, *hits[0]]), torch.cat([empty, *hits[1]])

@@ -1,0 +1,298 @@
+"""The search: how many images it looks at, whom it drops, how it votes, and the planted poison first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from toys import planted_encoder, planted_images
+from unpoison.encoders.extract import extract_features
+from unpoison.functional.clustering import kmeans
+from unpoison.records import Box, Clusters, ImageSet
+from unpoison.runtime import silent, stage_generator
+from unpoison.scan.candidates import Candidates
+from unpoison.scan.config import ScanConfig
+from unpoison.scan.flip_test import Flips, FlipTest, nearest_rows
+from unpoison.scan.poisoncam import MaskAttention
+from unpoison.scan.search import Searcher, directed_scores, elect, n_scored, vote
+
+WINDOW = 12
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def plainly(_name: str, compute: Callable[[], Candidates]) -> Candidates:
+    return compute()
+
+
+# --- the schedule, with an attention and a flip test that know nothing
+
+
+class NoAttention:
+    def heat(self, pixels: Tensor) -> Tensor:
+        return torch.zeros(len(pixels), 8, 8)
+
+    def heat_along(self, pixels: Tensor, directions: Tensor) -> Tensor:
+        return torch.zeros(len(pixels), len(directions), 8, 8)
+
+    def windows(self, heat: Tensor) -> Tensor:
+        return torch.zeros(len(heat), 2, dtype=torch.int64)
+
+
+class ByColour:
+    """A flip test whose every score is the first pixel of the patch, as a share."""
+
+    def __init__(self, n_clusters: int) -> None:
+        self.n_clusters = n_clusters
+
+    def run(self, patches: Tensor, *, generator: torch.Generator) -> Flips:
+        score = patches[:, 0, 0, 0].float() / 255
+        gain = score[:, None].expand(-1, self.n_clusters)
+        return Flips(score, gain, torch.zeros_like(gain), score[:, None] * torch.eye(4)[:1])
+
+
+def plain_searcher(n_clusters: int, per_cluster: int, colours: Tensor, **settings: object) -> Searcher:
+    """`colours` (N,) uint8 is the score of each image; images take turns through the clusters."""
+    n = n_clusters * per_cluster
+    pixels = colours.view(n, 1, 1, 1).expand(n, 3, 8, 8).contiguous()
+    images = ImageSet(tuple(map(str, range(n))), pixels)
+    clusters = Clusters(torch.zeros(n_clusters, 4), torch.arange(n) % n_clusters)
+    config = ScanConfig(window=3, clusters=n_clusters, **settings).resolve(n, 8)  # type: ignore[arg-type]
+    return Searcher(
+        images,
+        clusters,
+        NoAttention(),
+        ByColour(n_clusters),  # type: ignore[arg-type]
+        config,
+        torch.ones(n, dtype=torch.bool),
+        lambda step: stage_generator(0, step),
+        silent,
+    )
+
+
+@pytest.mark.parametrize(("n_clusters", "scored"), [(100, 826), (500, 4052), (1000, 8054), (2000, 16032)])
+def test_the_published_schedule(n_clusters: int, scored: int) -> None:
+    assert n_scored(n_clusters, 2, 0.25) == scored
+
+
+def test_a_search_scores_as_many_images_as_announced_and_none_twice() -> None:
+    colours = torch.randint(0, 256, (5000,), dtype=torch.uint8, generator=generator())
+    searcher = plain_searcher(100, 50, colours)
+    names: list[str] = []
+    told: list[tuple[int, int]] = []
+
+    def run_round(name: str, compute: Callable[[], Candidates]) -> Candidates:
+        names.append(name)
+        return compute()
+
+    searcher = Searcher(**{**vars(searcher), "progress": lambda _s, done, total: told.append((done, total))})
+    found = searcher.explore(run_round)
+    assert len(found) == 826 == len(set(found.rows.tolist()))
+    assert len(names) == 15 == len(set(names))
+    assert told[-1] == (826, 826) and [done for done, _ in told] == sorted(done for done, _ in told)
+    assert torch.equal(found.own, searcher.clusters.assignment[found.rows])
+
+
+@pytest.mark.parametrize("settings", [{}, {"faithful": True}])
+def test_the_clusters_with_the_highest_scores_survive(settings) -> None:
+    colours = torch.zeros(40, 10, dtype=torch.uint8)  # (image of the cluster, cluster)
+    colours[:, 7] = 200
+    colours[:, 2] = 100
+    found = plain_searcher(10, 40, colours.flatten(), **settings).explore(plainly)
+    counts = torch.bincount(found.own, minlength=10)
+    assert counts[7] == counts.max() and counts[2] == counts.max()
+    assert counts.min() == 2  # two lowest clusters go after the first round
+
+
+def test_small_clusters_run_dry_without_a_fault() -> None:
+    searcher = plain_searcher(8, 3, torch.arange(24, dtype=torch.uint8))
+    found = searcher.explore(plainly)
+    assert len(found) == len(set(found.rows.tolist())) <= 24
+
+
+def test_images_that_are_not_allowed_are_never_scored() -> None:
+    searcher = plain_searcher(8, 10, torch.zeros(80, dtype=torch.uint8))
+    allowed = torch.rand(80, generator=generator(1)) < 0.5
+    searcher = Searcher(**{**vars(searcher), "allowed": allowed})
+    assert allowed[searcher.explore(plainly).rows].all()
+    assert sorted(row for queue in searcher.queues() for row in queue) == allowed.nonzero().flatten().tolist()
+
+
+def test_more_images_of_promising_clusters_are_drawn_in_turn_scored_ones_first() -> None:
+    colours = torch.zeros(12, 6, dtype=torch.uint8)
+    colours[:, 1], colours[:, 4] = 250, 200
+    searcher = plain_searcher(6, 12, colours.flatten())
+    found = searcher.explore(plainly)
+    rows = searcher.exploit_rows(found, torch.eye(4)[:1], 10)
+    assert searcher.clusters.assignment[rows].tolist() in ([1, 4] * 5, [4, 1] * 5)
+    known = set(found.rows.tolist())
+    for cluster in (1, 4):
+        own = [row in known for row in rows.tolist() if int(searcher.clusters.assignment[row]) == cluster]
+        assert own == sorted(own, reverse=True)
+    every = searcher.exploit_rows(found, torch.eye(4)[:1], 1000)
+    assert len(every) == len(set(every.tolist())) == 24
+
+
+# --- voting
+
+
+def pushing(shifts: Tensor, scores: Tensor, patches: Tensor | None = None) -> Candidates:
+    """Candidates with these pushes and concentrated scores."""
+    n = len(shifts)
+    gain = torch.stack((scores, torch.zeros(n)), dim=1)
+    flips = Flips(scores, gain, torch.zeros(n, 2), shifts)
+    if patches is None:
+        patches = torch.randint(0, 256, (n, 3, 8, 8), dtype=torch.uint8, generator=generator(n))
+    zeros = torch.zeros(n, dtype=torch.int64)
+    return Candidates(torch.arange(n), zeros, torch.zeros(n, 2, dtype=torch.int64), patches, flips)
+
+
+def test_candidates_that_push_the_same_way_elect_their_direction() -> None:
+    noise = 0.05 * torch.randn(60, 16, generator=generator(2))
+    noise[:6, 3] += 0.5
+    noise[6:11, 9] += 0.4
+    scores = torch.cat(
+        (torch.full((6,), 0.9), torch.full((5,), 0.7), torch.rand(49, generator=generator(3)) * 0.2)
+    )
+    directions = vote(pushing(noise, scores))
+    assert directions.shape[1] == 16 and 2 <= len(directions) <= 3
+    torch.testing.assert_close(directions.norm(dim=1), torch.ones(len(directions)))
+    assert directions[0, 3] > 0.9 and directions[1, 9] > 0.9
+
+
+def test_what_every_window_does_is_no_direction() -> None:
+    shifts = 0.3 * torch.randn(50, 64, generator=generator(4))
+    shifts[:, 5] += 2.0
+    for direction in vote(pushing(shifts, torch.rand(50, generator=generator(5)))):
+        assert abs(float(direction[5])) < 0.5
+
+
+@pytest.mark.parametrize("n", [1, 2, 12])
+def test_no_agreement_gives_no_direction(n: int) -> None:
+    shifts = torch.eye(16)[:n]
+    directions = vote(pushing(shifts, torch.rand(n, generator=generator(6))))
+    assert directions.shape == (0, 16)
+
+
+def test_the_direction_whose_windows_look_alike_is_elected() -> None:
+    trigger = torch.randint(0, 256, (1, 3, 8, 8), dtype=torch.uint8, generator=generator(7))
+    alike = torch.randint(0, 256, (20, 3, 8, 8), dtype=torch.uint8, generator=generator(8))
+    alike[:5] = trigger
+    shifts = 0.01 * torch.randn(20, 6, generator=generator(9))
+    shifts[:5, 2] += 1.0
+    different = pushing(0.01 * torch.randn(20, 6, generator=generator(10)), torch.zeros(20))
+    different.flips.shift[:5, 4] += 1.2  # pushes harder, but its windows show five different things
+    directions = torch.eye(6)[[4, 2]]
+    elected = elect([different, pushing(shifts, torch.zeros(20), alike)], directions)
+    assert elected.shape == (1, 6) and elected[0, 2] > 0.9
+    torch.testing.assert_close(elected.norm(dim=1), torch.ones(1))
+
+
+def test_when_nothing_recurs_the_hardest_push_stays() -> None:
+    weak, strong = (
+        pushing(0.01 * torch.randn(20, 6, generator=generator(s)), torch.zeros(20)) for s in (11, 12)
+    )
+    weak.flips.shift[:5, 0] += 0.3
+    strong.flips.shift[:5, 1] += 0.9
+    elected = elect([weak, strong], torch.eye(6)[:2])
+    assert elected.shape == (1, 6) and elected[0, 1] > 0.9
+
+
+def test_directed_scores_take_the_best_direction() -> None:
+    shifts = torch.tensor([[0.5, 0.1, 0.0], [0.0, 0.4, 0.9], [-0.2, -0.3, 0.0]])
+    found = pushing(shifts, torch.tensor([0.3, 0.2, 0.1]))
+    assert directed_scores(found, torch.eye(3)[:2]).tolist() == pytest.approx([0.5, 0.4, -0.2])
+    assert directed_scores(found, torch.empty(0, 3)).tolist() == pytest.approx([0.3, 0.2, 0.1])
+
+
+# --- the toy with a planted backdoor
+
+
+def toy_searcher(seed: int, *, batch_size: int = 256) -> tuple[Searcher, dict[str, Box]]:
+    images, boxes = planted_images(240, 30, generator(seed))
+    encoder = planted_encoder()
+    features = extract_features(encoder, images).values
+    clusters = kmeans(features, 12, generator=generator(seed))
+    config = ScanConfig(window=WINDOW, n_flips=24, clusters=12).resolve(240, 32)
+
+    def drawn(step: str) -> torch.Generator:
+        return stage_generator(seed, step)
+
+    flips = nearest_rows(features, clusters, torch.ones(240, dtype=torch.bool), 24, generator=drawn("flips"))
+    allowed = torch.ones(240, dtype=torch.bool)
+    allowed[flips] = False
+    attention = MaskAttention(encoder, clusters, config, generator=drawn("masks"), batch_size=batch_size)
+    test = FlipTest.draw(
+        encoder,
+        images,
+        clusters,
+        flips,
+        WINDOW,
+        generator=drawn("places"),
+        with_control=True,
+        batch_size=batch_size,
+    )
+    return Searcher(images, clusters, attention, test, config, allowed, drawn, silent), boxes
+
+
+@pytest.fixture(scope="module")
+def explored() -> tuple[Searcher, dict[str, Box], Candidates]:
+    searcher, boxes = toy_searcher(0)
+    return searcher, boxes, searcher.explore(plainly)
+
+
+def is_planted(searcher: Searcher, boxes: dict[str, Box], found: Candidates) -> Tensor:
+    return torch.tensor([searcher.images.ids[row] in boxes for row in found.rows])
+
+
+def test_exploring_ranks_all_planted_images_first(explored) -> None:
+    searcher, boxes, found = explored
+    planted = is_planted(searcher, boxes, found)
+    order = found.flips.score("concentrated", found.own).argsort(descending=True, stable=True)
+    assert planted.sum() >= 10
+    assert planted[order[: int(planted.sum())]].all()
+
+
+def test_the_vote_finds_the_planted_feature_and_the_second_look_only_planted_images(explored) -> None:
+    searcher, boxes, found = explored
+    order = found.flips.score("concentrated", found.own).argsort(descending=True, stable=True)
+    directions = vote(found)
+    directions = elect(searcher.refine(found.rows[order[:20]], directions, "trial"), directions)
+    assert len(directions) == 1 and directions[0, 0] > 0.8
+    rows = searcher.exploit_rows(found, directions, 60)
+    again = searcher.look_again(rows, directions, "exploit")
+    planted = is_planted(searcher, boxes, again)
+    assert planted.sum() >= 20
+    ranking = directed_scores(again, directions).argsort(descending=True, stable=True)
+    assert planted[ranking[:20]].all()
+    for row, (top, left) in zip(
+        again.rows[ranking[:10]].tolist(), again.corners[ranking[:10]].tolist(), strict=True
+    ):
+        box = boxes[searcher.images.ids[row]]
+        assert Box(left, top, WINDOW, WINDOW).intersection(box) == box.area
+
+
+def test_the_same_seed_gives_the_same_ranking_whatever_the_batch_size(explored) -> None:
+    _, _, found = explored
+    other = toy_searcher(0, batch_size=37)[0].explore(plainly)
+    assert torch.equal(other.rows, found.rows) and torch.equal(other.corners, found.corners)
+    for kind in ("any", "source", "concentrated"):
+        mine, theirs = (c.flips.score(kind, c.own) for c in (found, other))
+        assert torch.equal(
+            mine.argsort(descending=True, stable=True), theirs.argsort(descending=True, stable=True)
+        )
+    direction = F.normalize(found.flips.shift[:1], dim=1)
+    mine, theirs = (directed_scores(c, direction) for c in (found, other))
+    torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=0)
+
+
+def test_another_seed_looks_at_other_images(explored) -> None:
+    searcher, _, found = explored
+    other = Searcher(**{**vars(searcher), "generator": lambda step: stage_generator(1, step)})
+    assert not torch.equal(other.explore(plainly).rows, found.rows)
