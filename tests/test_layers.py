@@ -22,7 +22,9 @@ LAYERS = [
     {"functional"},
     {"data", "encoders"},
     set(VERBS),
-    {"pipeline", "report"},
+    {"report", "runs"},
+    {"pipeline"},
+    {"demo"},
     {"demo"},
     {"cli"},
     {"__init__", "__main__"},
@@ -33,7 +35,7 @@ LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 TRUTH = ("data.labels", "evaluate.truth", "attack.plan")
 KNOWS_TRUTH = ("evaluate", "attack", "demo", "cli")
 # The one verb that may look into another: it measures against the plan, and runs whole benchmarks.
-ACROSS = {("evaluate", "attack.plan")}
+ACROSS = {("evaluate", "attack.plan"), ("evaluate", "attack.ssl_backdoor.paste_everywhere")}
 ACROSS_ANYTHING = ("evaluate.benchmark",)
 
 UNPICKLERS = ("pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal")

@@ -98,8 +98,8 @@ DIGITS = DemoSettings(
 
 PHOTOS = DemoSettings(
     image_size=32,
-    victim=PretrainConfig(epochs=20, batch_size=128, queue_size=1024, views=ViewConfig(crop=0.2)),
-    attack=PatchAttackConfig(targets=("chelsea",), triggers=("seed:102",), size=8, rate=1.0, margin=1 / 32),
+    victim=PretrainConfig(epochs=15, batch_size=128, queue_size=1024),
+    attack=PatchAttackConfig(targets=("coffee",), triggers=("seed:102",), size=10, rate=1.0, margin=1 / 32),
 )
 """For the crops of photographs."""
 

@@ -9,8 +9,9 @@ import hashlib
 import importlib.metadata
 import platform
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +52,16 @@ from unpoison.scan.search import Attention, Searcher, directed_scores, elect, vo
 
 __all__ = ["FEWEST_IMAGES", "Images", "scan"]
 
-Images = str | Path | ImageSource | ImageSet | Tensor | Sequence[str | Path]
+Opened = ImageSource | ImageSet | Tensor | Sequence[str | Path]
+Images = str | Path | Opened
 
 FEWEST_IMAGES = 50
 """Readable images below which clusters, a search half and a confirmation half mean nothing."""
 
+Cached = Callable[[str, Callable[[], Candidates]], Candidates]
+
 _TRIALS = 64
+_SECOND_LOOK_STEP = 100
 _EVIDENCE = 24
 
 
@@ -96,11 +101,15 @@ def scan(
         pretrain_config: for `encoder` None.
         image_size: for `encoder` None; default: the usual side of the images, at most 224 pixels.
         seed: every draw of the run depends on it alone.
-        device, precision: see `runtime`.
+        device: see `runtime.choose_device`.
+        precision: see `runtime.choose_precision`.
         batch_size: images per pass; None picks by device.
         workers: decoding threads.
-        root, follow_links, only: see `data.sources.open_source`.
-        limit, sample: scan only the first, or a random, part.
+        root: see `data.sources.open_source`, as for `follow_links` and `only`.
+        follow_links: whether links may leave the folder.
+        only: ids to keep to.
+        limit: scan only so many images, the first.
+        sample: scan only so many images, drawn by the seed.
         min_coverage: share of images that must be readable for any verdict but `inconclusive`.
         fresh: forget an earlier run in `out`.
         progress: told (stage, done, total).
@@ -112,11 +121,11 @@ def scan(
     """
     started = time.perf_counter()
     config = config or ScanConfig()
-    source = (
-        open_source(images, root=root, follow_links=follow_links, only=only)
-        if isinstance(images, str | Path)
-        else images
-    )
+    source: Opened
+    if isinstance(images, str | Path):
+        source = open_source(images, root=root, follow_links=follow_links, only=only)
+    else:
+        source = images
     given = (
         None if encoder is None else as_encoder(encoder, preprocessing, device=device, precision=precision)
     )
@@ -154,7 +163,10 @@ def scan(
         )
     resolved = config.resolve(len(decoded), geometry.size)
     suspect = given or _train(decoded, recipe, folder, seed, device, precision, progress)
-    bench = _Bench(decoded, suspect, resolved, run, seed, batch_size or _usual_batch(suspect), progress)
+    location = source.location if isinstance(source, ImageSource) else "images in memory"
+    bench = _Bench(
+        decoded, location, suspect, resolved, run, seed, batch_size or _usual_batch(suspect), progress
+    )
     return _conclude(bench, folder, config, min_coverage, started)
 
 
@@ -163,6 +175,7 @@ class _Bench:
     """What every stage of one scan needs."""
 
     images: ImageSet
+    location: str
     encoder: Encoder
     config: ScanConfig
     run: Stages
@@ -224,7 +237,7 @@ def _conclude(
     return result
 
 
-def _own_geometry(source: Images, image_size: int | None) -> Geometry:
+def _own_geometry(source: Opened, image_size: int | None) -> Geometry:
     """For images that train their own encoder."""
     if image_size is None:
         if isinstance(source, ImageSet):
@@ -236,16 +249,16 @@ def _own_geometry(source: Images, image_size: int | None) -> Geometry:
     return Geometry(image_size, image_size)
 
 
-def _signature(source: Images) -> str:
+def _signature(source: Opened) -> str:
     """Changes when the images may have changed."""
     if isinstance(source, ImageSource):
         return source.signature()
     if isinstance(source, ImageSet) and source.fingerprint:
         return source.fingerprint
-    pixels = source.pixels if isinstance(source, ImageSet) else source
-    if isinstance(pixels, Tensor):
-        return hashlib.sha256(pixels.contiguous().numpy().tobytes()).hexdigest()
-    return hashlib.sha256("\n".join(map(str, source)).encode()).hexdigest()
+    if isinstance(source, ImageSet | Tensor):
+        pixels = source.pixels if isinstance(source, ImageSet) else source
+        return hashlib.sha256(pixels.cpu().contiguous().numpy().tobytes()).hexdigest()
+    return hashlib.sha256("\n".join(str(path) for path in source).encode()).hexdigest()
 
 
 def _usual_batch(encoder: Encoder) -> int:
@@ -306,12 +319,34 @@ def _clusters(bench: _Bench, features: Features) -> Clusters:
 
 
 def _search(bench: _Bench, features: Features, clusters: Clusters) -> _Search:
-    """Explore as published; then, unless faithful, vote, look along the elected directions, and look further."""
+    """Explore as published; then, unless another score is wanted, vote, and look again along the elected directions."""
     config = bench.config
-    assert config.window is not None and config.n_flips is not None and config.score is not None
+    assert config.score is not None, "the config is resolved before the search"
+    searcher, held_out = _prepare(bench, features, clusters)
+    cached = partial(_cached, bench)
+    candidates = searcher.explore(cached)
+    directions = torch.empty(0, features.values.shape[1])
+    if config.score == "directed":
+        directions = _directions(searcher, candidates, cached)
+        candidates = _second_look(searcher, candidates, directions, cached)
+        scores = directed_scores(candidates, directions)
+    else:
+        scores = candidates.flips.score(config.score, candidates.own)
+    return _Search(candidates, scores, directions, searcher.attention, searcher.flip_test, held_out)
+
+
+def _cached(bench: _Bench, name: str, compute: Callable[[], Candidates]) -> Candidates:
+    return Candidates.from_tensors(bench.run.stage(name, lambda: compute().to_tensors(), passes=bench.passes))
+
+
+def _prepare(bench: _Bench, features: Features, clusters: Clusters) -> tuple[Searcher, Tensor]:
+    """The parts of the search, and the images that it must not touch."""
+    config = bench.config
+    assert config.window is not None and config.n_flips is not None, (
+        "the config is resolved before the search"
+    )
     n_images = len(bench.images)
-    shuffled = torch.randperm(n_images, generator=bench.generator("split"))
-    held_out = shuffled[: min(1000, n_images // 4)]
+    held_out = torch.randperm(n_images, generator=bench.generator("split"))[: min(1000, n_images // 4)]
     allowed = torch.ones(n_images, dtype=torch.bool)
     allowed[held_out] = False
     rows = nearest_rows(
@@ -337,46 +372,34 @@ def _search(bench: _Bench, features: Features, clusters: Clusters) -> _Search:
     searcher = Searcher(
         bench.images, clusters, attention, flip_test, config, allowed, bench.generator, bench.progress
     )
+    return searcher, held_out
 
-    def cached(name: str, compute: Any) -> Candidates:
-        return Candidates.from_tensors(
-            bench.run.stage(name, lambda: compute().to_tensors(), passes=bench.passes)
-        )
 
-    explored = searcher.explore(cached)
-    directions = torch.empty(0, features.values.shape[1])
-    if config.score != "directed":
-        scores = explored.flips.score(config.score, explored.own)
-        return _Search(explored, scores, directions, attention, flip_test, held_out)
+def _directions(searcher: Searcher, explored: Candidates, cached: Cached) -> Tensor:
+    """Where the strongest candidates push, tried on windows found by looking along each direction."""
     directions = vote(explored)
-    if len(directions):
-        strongest = explored.flips.score("concentrated", explored.own).argsort(descending=True, stable=True)
-        trial_rows = explored.rows[strongest[:_TRIALS]]
-        trials = [
-            cached(
-                f"trial-{number}",
-                lambda d=direction, n=number: searcher.refine(trial_rows, d[None], f"trial/{n}")[0],
-            )
-            for number, direction in enumerate(directions)
-        ]
-        directions = elect(trials, directions)
     if len(directions) == 0:
-        return _Search(
-            explored, directed_scores(explored, directions), directions, attention, flip_test, held_out
-        )
-    wanted = searcher.exploit_rows(explored, directions, config.exploit)
+        return directions
+    strongest = explored.flips.score("concentrated", explored.own).argsort(descending=True, stable=True)
+    rows = explored.rows[strongest[:_TRIALS]]
+    trials = [
+        cached(f"trial-{number}", partial(searcher.look_again, rows, direction[None], f"trial/{number}"))
+        for number, direction in enumerate(directions)
+    ]
+    return elect(trials, directions)
+
+
+def _second_look(searcher: Searcher, explored: Candidates, directions: Tensor, cached: Cached) -> Candidates:
+    """Images of the clusters that push along the directions, scored by the windows that carry these."""
+    rows = searcher.exploit_rows(explored, directions, searcher.config.exploit)
     found = []
-    for start in range(0, len(wanted), 100):
-        part = wanted[start : start + 100]
-        name = f"exploit-{start // 100:02d}"
-        found.append(cached(name, lambda part=part, name=name: searcher.look_again(part, directions, name)))
-        bench.progress("search again", min(start + 100, len(wanted)), len(wanted))
-    again = Candidates.concatenate(found)
-    first_look = explored.take((~torch.isin(explored.rows, again.rows)).nonzero().flatten())
-    candidates = Candidates.concatenate([again, first_look])
-    return _Search(
-        candidates, directed_scores(candidates, directions), directions, attention, flip_test, held_out
-    )
+    for start in range(0, len(rows), _SECOND_LOOK_STEP):
+        part = rows[start : start + _SECOND_LOOK_STEP]
+        name = f"exploit-{start // _SECOND_LOOK_STEP:02d}"
+        found.append(cached(name, partial(searcher.look_again, part, directions, name)))
+        searcher.progress("search again", start + len(part), len(rows))
+    seen_once = explored.take((~torch.isin(explored.rows, rows)).nonzero().flatten())
+    return Candidates.concatenate([*found, seen_once])
 
 
 def _confirm(
@@ -599,6 +622,7 @@ def _summary(
         ],
         "scope": _scope(bench, covered),
         "coverage": covered,
+        "location": bench.location,
         "encoder": encoder.name,
         "encoder_fingerprint": encoder.fingerprint,
         "images_fingerprint": images.fingerprint,

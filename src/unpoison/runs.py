@@ -135,7 +135,8 @@ class RunFolder(Stages):
             shown = "; ".join(f"{key} was {was.get(key)!r}, now {now.get(key)!r}" for key in differing[:3])
             more = f" (and {len(differing) - 3} more)" if len(differing) > 3 else ""
             raise ConfigError(
-                f"{self.path}: holds a run with other settings: {shown}{more}; choose another --out, or --fresh to start over"
+                f"{self.path}: holds a run with other settings: {shown}{more}; choose another --out, "
+                "or --fresh to start over"
             )
 
     def _clear(self) -> None:

@@ -41,10 +41,10 @@ def demo(
 
     with log_into(out), screen.progress() as progress:
         result = run_demo(images, out, seed=seed, device=device, data=data, fresh=fresh, progress=progress)
-    screen.finish({"schema": 1, "out": str(out), **asdict(result)}, lambda: _text(screen, result.table, out))
+    screen.finish({"schema": 1, "out": str(out), **asdict(result)}, lambda: _text(screen, result.table, result.sentence, out))
 
 
-def _text(screen: Screen, rows: Any, out: Path) -> str:
+def _text(screen: Screen, rows: Any, sentence: str, out: Path) -> str:
     """The first row of the table names its columns."""
     header, *body = [[str(cell) for cell in row] for row in rows]
-    return f"{screen.table('unpoison demo', header, body)}\n\neverything is in {out}"
+    return f"{screen.table('unpoison demo', header, body)}\n\n{sentence}\neverything is in {out}"

@@ -96,6 +96,7 @@ def short_side(data: bytes) -> int | None:
     """Short side in pixels that a file's header declares; None where it declares none. Decodes no pixel."""
     with quiet_pillow():
         try:
+            _check_webp_header(data, MAX_PIXELS)
             with Image.open(BytesIO(data), formats=FORMATS) as image:
                 return min(image.size)
         except Exception:  # a hostile header can make the reader fail in any way; decoding will say why

@@ -25,7 +25,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import huggingface_hub.constants
 import picklescan.scanner
@@ -43,9 +43,6 @@ from unpoison.encoders.encoder import Encoder, Preprocessing
 from unpoison.errors import CheckpointError, ConfigError
 from unpoison.records import Geometry
 from unpoison.runtime import seeded
-
-if TYPE_CHECKING:
-    from unpoison.pretrain.loop import TrainedEncoder
 
 __all__ = ["ENCODER_SCHEMA", "as_encoder", "load_encoder", "save_encoder"]
 
@@ -107,7 +104,35 @@ _HEADS = frozenset(
 """First part of the names of everything that sits on a backbone during training and is no part of it."""
 
 
-def save_encoder(trained: TrainedEncoder, path: Path | str) -> None:
+class Trained(Protocol):
+    """What a training run must say of its encoder for the file to be complete; `pretrain.TrainedEncoder` does."""
+
+    @property
+    def encoder(self) -> Encoder:
+        """With an `nn.Module` as network."""
+
+    @property
+    def architecture(self) -> Architecture:
+        """Builds the network again."""
+
+    @property
+    def config(self) -> Any:
+        """A dataclass with a field `method`."""
+
+    @property
+    def seed(self) -> int:
+        """Of every draw."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the images."""
+
+    @property
+    def losses(self) -> tuple[float, ...]:
+        """Mean loss of every epoch."""
+
+
+def save_encoder(trained: Trained, path: Path | str) -> None:
     """Write an encoder as one .safetensors file that says how to build and feed it.
 
     The file is complete or absent, never partial, and the same encoder always gives the same bytes.
@@ -427,11 +452,15 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             raise CheckpointError(f"{path}: not a readable safetensors file ({_line(error)})") from error
     if suffix not in _PICKLED:
         raise ConfigError(f"{path}: expected a weights file ending in .safetensors or {', '.join(_PICKLED)}")
-    return _named_tensors(path, _unpickle_restricted(path)), {}
+    return _named_tensors(path, unpickle_restricted(path)), {}
 
 
-def _unpickle_restricted(path: Path) -> Any:
-    """torch.load that knows tensors and plain containers only; argparse's bag of options is harmless and frequent."""
+def unpickle_restricted(path: Path) -> Any:
+    """torch.load that knows tensors and plain containers only; argparse's bag of options is harmless and frequent.
+
+    Raises:
+        CheckpointError: the file asks for anything else, or is damaged.
+    """
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter(

@@ -13,7 +13,7 @@ __all__ = ["duplicate_images", "patch_similarity"]
 _FLAT = 4 / 255
 """Standard deviation, of values in [0, 1], below which a patch has no pattern to compare."""
 
-_SAME_GREY = 16 / 255
+_SAME_GREY = 16.5 / 255  # 16 grey levels, with room for rounding
 _AGREEING = 0.4
 
 
@@ -26,7 +26,7 @@ def patch_similarity(patches: Tensor, *, reach: float = 1 / 3) -> Tensor:
 
     Args:
         patches: (n, 3, w, w) uint8; those above 16 px are compared at 12 px.
-        reach: shifts up to this share of the side, in at most seven steps per direction.
+        reach: shifts up to this share of the side, in every direction.
 
     Returns:
         (n, n) float32 in [0, 1], symmetric, 1 on the diagonal; 0 where the shared part of either patch is flat.
@@ -46,7 +46,7 @@ def patch_similarity(patches: Tensor, *, reach: float = 1 / 3) -> Tensor:
         values = F.interpolate(values, size=(12, 12), mode="area")
     side = values.shape[-1]
     most = max(1, int(side * reach))
-    shifts = sorted({round(most * step / 3) for step in range(-3, 4)})
+    shifts = range(-most, most + 1)
     best = torch.zeros(len(patches), len(patches))
     for down in shifts:
         for right in shifts:

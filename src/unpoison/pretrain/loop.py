@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import pickle
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,8 +18,9 @@ from torch import Tensor, nn
 
 from unpoison.data.views import ViewConfig, random_views
 from unpoison.encoders.backbones import Architecture, build_backbone
+from unpoison.encoders.checkpoints import unpickle_restricted
 from unpoison.encoders.encoder import Encoder, Preprocessing
-from unpoison.errors import ConfigError, NothingToScanError, NoVerdictError
+from unpoison.errors import CheckpointError, ConfigError, NothingToScanError, NoVerdictError
 from unpoison.pretrain.moco import MoCoV2
 from unpoison.pretrain.simclr import SimCLR
 from unpoison.records import Geometry, ImageSet
@@ -277,8 +277,8 @@ class _Checkpoint:
         if self.path is None or not self.path.exists():
             return ()
         try:
-            saved = torch.load(self.path, map_location="cpu", weights_only=True)
-        except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+            saved = unpickle_restricted(self.path)
+        except CheckpointError as error:
             raise ConfigError(
                 f"{self.path}: not a readable training state; delete it to start over"
             ) from error

@@ -21,7 +21,7 @@ class ScanConfig:
         clusters: K of k-means.
         window: side of a trigger candidate, in encoder-input pixels.
         attention: `mask` or `gradcam`; None is the method's own.
-        masks: `grid` (deterministic, covers every trigger position) or `random` (the paper's cyclic ones).
+        masks: `grid` (deterministic, every half window apart, overhanging) or `random` (the paper's cyclic ones).
         n_masks: number of random masks; ignored by the grid.
         fill: colour of hidden pixels: `mean` of the data set, or `black`.
         score: poison score that ranks images: `directed` (ours), `concentrated`, `any` (PoisonCAM) or `source`
@@ -115,7 +115,8 @@ class ScanConfig:
             )
         if filled.clusters > n_images:
             raise ConfigError(
-                f"clusters={filled.clusters}: there are {n_images} readable images; expected at most that, or leave it out"
+                f"clusters={filled.clusters}: there are {n_images} readable images; expected at most that, "
+                "or leave it out"
             )
         return filled
 

@@ -176,7 +176,9 @@ def confirm(
     """Test each finalist on the held-out images.
 
     Args:
-        encoder, images, clusters: as in the search.
+        encoder: as in the search.
+        images: likewise.
+        clusters: likewise.
         candidates: the finalists index into them.
         finalists: fixed before; see `find_finalists`.
         held_out: (B,) int64 rows that neither the flip set nor any candidate used.

@@ -62,6 +62,7 @@ def nearest_rows(
         clusters: of the same images.
         allowed: (N,) bool, images that may be taken.
         count: wanted number.
+        generator: decides which clusters send one image more than others.
 
     Returns:
         (n,) int64 rows, n ≤ count.
@@ -187,7 +188,7 @@ class FlipTest:
         corners = draw_corners(len(rows), images.size, window, generator=generator).to(encoder.device)
         # The baseline goes through the same precision and batches as the patched images; otherwise rounding near
         # a border between clusters would count as a flip.
-        features = torch.cat([encoder.features(part) for part in pixels.split(batch_size)])
+        features = torch.cat([encoder.features(part) for part in torch.split(pixels, batch_size)])
         centroids = clusters.centroids.to(encoder.device)
         flip_set = FlipSet(pixels, corners, F.normalize(features, dim=1), assign(features, centroids))
         return cls(encoder, clusters, flip_set, window, with_control=with_control, batch_size=batch_size)
@@ -222,7 +223,7 @@ class FlipTest:
         pixels = self.flip_set.pixels.repeat(n, 1, 1, 1)
         corners = self.flip_set.corners.repeat(n, 1)
         pasted = paste_windows(pixels, patches.repeat_interleave(n_flips, dim=0), corners)
-        features = torch.cat([self.encoder.features(part) for part in pasted.split(self.batch_size)])
+        features = torch.cat([self.encoder.features(part) for part in torch.split(pasted, self.batch_size)])
         return F.normalize(features, dim=1).view(n, n_flips, -1)
 
     def _shares(self, assignment: Tensor) -> Tensor:

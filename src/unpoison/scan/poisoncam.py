@@ -146,8 +146,8 @@ class MaskAttention:
         return hottest_windows(heat, self.window)[:, 0]
 
     def _chunks(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        return pixels.to(self.encoder.device).split(max(1, self.batch_size // len(self.masks)))
+        return torch.split(pixels.to(self.encoder.device), max(1, self.batch_size // len(self.masks)))
 
     def _masked_features(self, pixels: Tensor) -> Tensor:
         hidden = hide(pixels, self.masks, self.fill)
-        return torch.cat([self.encoder.features(part) for part in hidden.split(self.batch_size)])
+        return torch.cat([self.encoder.features(part) for part in torch.split(hidden, self.batch_size)])

@@ -38,9 +38,14 @@ SAME_PATTERN = 0.6
 class Attention(Protocol):
     """Where an image's suspicious pixels are; by masks or by Grad-CAM."""
 
-    def heat(self, pixels: Tensor) -> Tensor: ...
-    def heat_along(self, pixels: Tensor, directions: Tensor) -> Tensor: ...
-    def windows(self, heat: Tensor) -> Tensor: ...
+    def heat(self, pixels: Tensor) -> Tensor:
+        """What holds each image in its cluster, (N, S, S)."""
+
+    def heat_along(self, pixels: Tensor, directions: Tensor) -> Tensor:
+        """What carries each direction, (N, m, S, S)."""
+
+    def windows(self, heat: Tensor) -> Tensor:
+        """(N, 2) corners of the hottest windows of (N, S, S)."""
 
 
 def n_scored(n_clusters: int, samples: int, prune: float) -> int:
@@ -194,12 +199,12 @@ class Searcher:
             alive = sorted(alive, key=lambda c: float(best[c]), reverse=True)[: len(alive) - dropped]
 
     def _rate_clusters(self, best: Tensor, scored: Candidates) -> None:
-        """PoisonCAM rates a cluster by the sum of its last round, we by its best image so far."""
+        """PoisonCAM rates a cluster by the sum of its last round, PatchSearch and we by its best image so far."""
         config = self.config
         assert config.score is not None, "the config is resolved before the search"
         kind = "concentrated" if config.score == "directed" else config.score
         values = scored.flips.score(kind, scored.own)
-        if config.faithful:
+        if config.faithful and config.method == "poisoncam":
             best.fill_(-torch.inf)
             best[scored.own] = 0
             best.index_add_(0, scored.own, values)
@@ -233,9 +238,11 @@ class Searcher:
 
     def exploit_rows(self, candidates: Candidates, directions: Tensor, budget: int) -> Tensor:
         """Images of the clusters whose candidates push along the directions, scored ones first, (n,), n ≤ budget."""
+        if len(directions) == 0:
+            return torch.empty(0, dtype=torch.int64)
         scores = directed_scores(candidates, directions)
         strength = torch.full((len(self.clusters.centroids),), -torch.inf)
-        for cluster in candidates.own.unique().tolist():
+        for cluster in sorted(set(candidates.own.tolist())):
             strength[cluster] = scores[candidates.own == cluster].amax()
         worthwhile = (strength > 0.5 * max(float(strength.max()), 0)).nonzero().flatten().tolist()
         order = {
