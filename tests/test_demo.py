@@ -70,7 +70,7 @@ def test_a_split_holds_out_a_share_of_every_class():
 
 def test_the_story_in_miniature(scan, tmp_path, monkeypatch):
     out = tmp_path / "demo"
-    told = demo.run_demo(None, out, seed=3, device="cpu", settings=MINI)
+    told = demo.run_demo(None, out, seed=3, device="cpu", data="digits", settings=MINI)
     assert told.planted == told.found == told.flagged and told.recall == told.precision == told.top20 == 1
     assert told.control.poison == told.cleaned.poison == 0 < told.backdoored.poison == told.planted
     assert told.cleaned.trained_on == told.n_train - told.planted and told.verdict == "poisoned"
@@ -87,14 +87,17 @@ def test_the_story_in_miniature(scan, tmp_path, monkeypatch):
 
     # Entered again, it shows what is there; killed after the scan, it comes to the same end.
     monkeypatch.setattr(demo, "pretrain", None)
-    assert demo.run_demo(None, out, seed=3, device="cpu", settings=MINI) == told and len(scan) == 1
+    assert (
+        demo.run_demo(None, out, seed=3, device="cpu", data="digits", settings=MINI) == told
+        and len(scan) == 1
+    )
     marker = json.loads((out / "demo.json").read_text())
     (out / "demo.json").write_text(json.dumps({**marker, "result": None}))
-    again = demo.run_demo(None, out, seed=3, device="cpu", settings=MINI)
+    again = demo.run_demo(None, out, seed=3, device="cpu", data="digits", settings=MINI)
     assert replace(again, seconds=told.seconds) == told and len(scan) == 1
 
     with pytest.raises(ConfigError, match="holds a demo with seed 3, not 4.*--fresh"):
-        demo.run_demo(None, out, seed=4, device="cpu", settings=MINI)
+        demo.run_demo(None, out, seed=4, device="cpu", data="digits", settings=MINI)
 
 
 def test_one_s_own_images_need_classes_and_enough_of_them(image_folder, tmp_path):
@@ -140,7 +143,8 @@ def test_unknown_data_is_refused_before_anything_is_made(tmp_path):
 
 @pytest.mark.slow
 def test_the_demo_keeps_its_promises(tmp_path):
-    told = demo.run_demo(None, tmp_path / "demo", device="cpu")
+    pytest.importorskip("skimage")
+    told = demo.run_demo(None, tmp_path / "demo", device="cpu", data="photos")
     control, bad, cleaned = told.control, told.backdoored, told.cleaned
     assert bad.attack_success >= 5 * max(bad.untriggered_rate, 1)
     assert bad.patched_accuracy <= bad.accuracy - 20

@@ -24,7 +24,7 @@ from unpoison.data.sources import ImageSource, open_source
 from unpoison.encoders.checkpoints import as_encoder, load_encoder, save_encoder
 from unpoison.encoders.encoder import Encoder, Preprocessing
 from unpoison.encoders.extract import extract_features
-from unpoison.errors import NothingToScanError
+from unpoison.errors import ConfigError, NothingToScanError
 from unpoison.functional.clustering import kmeans
 from unpoison.pretrain.loop import PretrainConfig, pretrain
 from unpoison.records import (
@@ -121,6 +121,8 @@ def scan(
     """
     started = time.perf_counter()
     config = config or ScanConfig()
+    if not 0 <= min_coverage <= 1:
+        raise ConfigError(f"min_coverage={min_coverage}: expected a share between 0 and 1")
     source: Opened
     if isinstance(images, str | Path):
         source = open_source(images, root=root, follow_links=follow_links, only=only)
@@ -147,21 +149,27 @@ def scan(
         if folder.complete:
             return load_result(folder.path)
         run = folder
-    decoded = as_image_set(
-        source,
-        geometry,
-        workers=workers,
-        store=folder.cache / "pixels" if folder else None,
-        limit=limit,
-        sample=sample,
-        seed=seed,
-        progress=progress,
-    )
-    if len(decoded) < FEWEST_IMAGES:
-        raise NothingToScanError(
-            f"{len(decoded)} readable images ({len(decoded.skipped)} unreadable): a scan needs at least {FEWEST_IMAGES}"
+    try:
+        decoded = as_image_set(
+            source,
+            geometry,
+            workers=workers,
+            store=folder.cache / "pixels" if folder else None,
+            limit=limit,
+            sample=sample,
+            seed=seed,
+            progress=progress,
         )
-    resolved = config.resolve(len(decoded), geometry.size)
+        if len(decoded) < FEWEST_IMAGES:
+            raise NothingToScanError(
+                f"{len(decoded)} readable images ({len(decoded.skipped)} unreadable): "
+                f"a scan needs at least {FEWEST_IMAGES}"
+            )
+        resolved = config.resolve(len(decoded), geometry.size)
+    except (ConfigError, NothingToScanError):
+        if folder is not None:
+            folder.forget()
+        raise
     suspect = given or _train(decoded, recipe, folder, seed, device, precision, progress)
     location = source.location if isinstance(source, ImageSource) else "images in memory"
     bench = _Bench(
@@ -558,7 +566,7 @@ def _findings(
             "box_h": "Int32",
             "poison_probability": float,
             "flagged": bool,
-            "skip_reason": "str",
+            "skip_reason": "string",  # not str, which would make a word of None before pandas 3
         }
     )
 

@@ -37,6 +37,8 @@ _OURS = (
 )
 _OUR_FOLDERS = ("cache", "triggers")
 _OTHER_FILES = ("encoder.safetensors", "log.txt")
+_MARK = "unpoison_run"
+"""Tells our run.json from another program's, whose folder must not be cleared; its value is the file's schema."""
 
 
 class Stages:
@@ -98,7 +100,7 @@ class RunFolder(Stages):
         super().__init__()
         self.path = path
         self.cache = path / "cache"
-        settings = json.loads(json.dumps(settings))  # as it will be read back
+        settings = json.loads(json.dumps({_MARK: 1, **settings}))  # as it will be read back
         if path.exists() and not path.is_dir():
             raise ConfigError(f"{path}: is a file; --out names a folder")
         # A log may be there already: the command line opens it before it knows whether the run is a new one.
@@ -109,6 +111,7 @@ class RunFolder(Stages):
                 self._clear()
             else:
                 self._refuse_difference(earlier, settings)
+        self._begun_here = not held or fresh
         self.cache.mkdir(parents=True, exist_ok=True)
         write_json_atomically(path / "run.json", settings)
 
@@ -117,6 +120,13 @@ class RunFolder(Stages):
         """Whether the run has come to its verdict."""
         return (self.path / "verdict.json").exists()
 
+    def forget(self) -> None:
+        """Remove a run that was refused before its first stage, so that it does not stand in the way of the next."""
+        if self._begun_here:
+            self._clear()
+            if not any(self.path.iterdir()):
+                self.path.rmdir()
+
     def _earlier(self) -> dict[str, Any]:
         try:
             earlier = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
@@ -124,8 +134,10 @@ class RunFolder(Stages):
             raise ConfigError(
                 f"{self.path}: exists and holds no unpoison run; choose another --out, nothing was changed"
             ) from error
-        if not isinstance(earlier, dict):
-            raise ConfigError(f"{self.path}: its run.json is damaged; choose another --out, or --fresh")
+        if not isinstance(earlier, dict) or _MARK not in earlier:
+            raise ConfigError(
+                f"{self.path}: its run.json is not of an unpoison run; choose another --out, nothing was changed"
+            )
         return earlier
 
     def _refuse_difference(self, earlier: dict[str, Any], settings: dict[str, Any]) -> None:

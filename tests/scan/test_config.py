@@ -1,0 +1,97 @@
+"""Settings of a scan: what is refused, and what is filled in."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from unpoison.errors import ConfigError
+from unpoison.scan.config import ScanConfig
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "magic"}, "method='magic': expected poisoncam or patchsearch"),
+        ({"attention": "eyes"}, "attention='eyes': expected mask or gradcam"),
+        ({"masks": "none"}, "masks='none': expected grid or random"),
+        ({"fill": "pink"}, "fill='pink': expected mean or black"),
+        ({"score": "best"}, "score='best': expected directed or concentrated or any or source"),
+        ({"n_masks": 0}, "n_masks=0: expected at least 1"),
+        ({"samples": 0}, "samples=0: expected at least 1"),
+        ({"top_k": 0}, "top_k=0: expected at least 1"),
+        ({"exploit": -1}, "exploit=-1: expected at least 1"),
+        ({"clusters": 1}, "clusters=1: expected at least 2"),
+        ({"window": 1}, "window=1: expected at least 2"),
+        ({"n_flips": 0}, "n_flips=0: expected at least 2"),
+        ({"prune": 0.0}, "prune=0.0: expected a fraction between 0 and 1"),
+        ({"prune": 1.0}, "prune=1.0: expected a fraction between 0 and 1"),
+        ({"alpha": 0.0}, "alpha=0.0: expected a false-alarm rate between 0 and 0.5"),
+        ({"alpha": 0.5}, "alpha=0.5: expected a false-alarm rate between 0 and 0.5"),
+        ({"alpha": float("nan")}, "alpha=nan: expected a false-alarm rate"),
+        ({"faithful": True, "masks": "grid"}, "faithful contradicts masks=grid"),
+        ({"faithful": True, "score": "directed"}, "faithful contradicts masks=None, score=directed"),
+        ({"faithful": True, "score": "concentrated"}, "random masks and the scores any or source"),
+    ],
+)
+def test_a_wrong_setting_is_refused_by_name(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
+        ScanConfig(**settings)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("n_images", "clusters", "as_published", "n_flips"),
+    [
+        (50, 5, 5, 25),
+        (200, 20, 20, 96),
+        (1293, 50, 129, 96),
+        (5000, 50, 500, 96),
+        (10_000, 100, 1000, 96),
+        (126_689, 800, 1000, 96),
+    ],
+)
+def test_the_number_of_clusters_follows_the_number_of_images(
+    n_images: int, clusters: int, as_published: int, n_flips: int
+) -> None:
+    resolved = ScanConfig().resolve(n_images, 32)
+    assert (resolved.clusters, resolved.n_flips) == (clusters, n_flips)
+    faithful = ScanConfig(faithful=True).resolve(n_images, 32)
+    assert (faithful.clusters, faithful.n_flips) == (as_published, min(1000, n_images // 2))
+
+
+@pytest.mark.parametrize(("image_size", "window"), [(8, 3), (32, 9), (64, 17), (224, 60)])
+def test_the_window_follows_the_image(image_size: int, window: int) -> None:
+    assert ScanConfig().resolve(1000, image_size).window == window
+
+
+def test_defaults_are_ours_and_faithful_ones_the_papers() -> None:
+    def chosen(**settings: Any) -> tuple[str | None, ...]:
+        config = ScanConfig(**settings).resolve(1000, 32)
+        return config.attention, config.masks, config.score
+
+    assert chosen() == ("mask", "grid", "directed")
+    assert chosen(faithful=True) == ("mask", "random", "any")
+    assert chosen(method="patchsearch") == ("gradcam", "grid", "directed")
+    assert chosen(method="patchsearch", faithful=True) == ("gradcam", "random", "source")
+
+
+def test_what_was_asked_for_stays() -> None:
+    asked = ScanConfig(clusters=7, window=5, attention="gradcam", masks="random", score="any", n_flips=11)
+    assert asked.resolve(1000, 32) == asked
+
+
+def test_resolving_twice_changes_nothing() -> None:
+    for config in (ScanConfig(), ScanConfig(faithful=True)):
+        once = config.resolve(500, 32)
+        assert once.resolve(500, 32) == once
+
+
+def test_what_does_not_fit_the_images_is_refused() -> None:
+    with pytest.raises(ConfigError, match="window=33: the encoder sees 32 pixels; expected at most that"):
+        ScanConfig(window=33).resolve(1000, 32)
+    with pytest.raises(ConfigError, match="clusters=61: there are 60 readable images; expected at most that"):
+        ScanConfig(clusters=61).resolve(60, 32)
+    assert ScanConfig(window=32, clusters=60).resolve(60, 32).window == 32

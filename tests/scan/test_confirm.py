@@ -1,0 +1,295 @@
+"""The confirmation: exact tests, patterns that recur, and a false-alarm rate that holds whatever the search did."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from toys import planted_encoder, planted_images, planted_pattern
+from unpoison.encoders.encoder import Encoder
+from unpoison.functional.clustering import kmeans
+from unpoison.functional.windows import crop_windows
+from unpoison.records import Clusters, ImageSet
+from unpoison.scan import confirm as module
+from unpoison.scan.candidates import Candidates
+from unpoison.scan.confirm import (
+    MIN_SOURCES,
+    Confirmation,
+    Finalist,
+    binomial_tail,
+    confirm,
+    find_finalists,
+    holm,
+)
+from unpoison.scan.flip_test import Flips, FlipTest
+
+WINDOW = 8
+
+# --- Tests of numbers ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("trials", "rate"), [(1, 0.3), (7, 0.03), (20, 0.5), (60, 0.9)])
+def test_the_tail_is_the_sum_of_its_terms(trials: int, rate: float) -> None:
+    for hits in range(trials + 1):
+        naive = sum(
+            math.comb(trials, k) * rate**k * (1 - rate) ** (trials - k) for k in range(hits, trials + 1)
+        )
+        assert binomial_tail(hits, trials, rate) == pytest.approx(naive, rel=1e-9)
+
+
+def test_the_tail_is_that_of_a_statistics_library() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    for hits, trials, rate in [(23, 500, 0.02), (1000, 1000, 0.03), (600, 1000, 0.5), (3, 10_000, 1e-4)]:
+        assert binomial_tail(hits, trials, rate) == pytest.approx(
+            stats.binom.sf(hits - 1, trials, rate), rel=1e-8
+        )
+
+
+def test_the_tail_at_its_ends() -> None:
+    assert binomial_tail(0, 0, 0.1) == binomial_tail(-1, 5, 0.1) == 1
+    assert binomial_tail(6, 5, 0.1) == 0
+    assert binomial_tail(1, 5, 0.0) == 0 and binomial_tail(0, 5, 0.0) == 1
+    assert binomial_tail(5, 5, 1.0) == 1 and binomial_tail(6, 5, 1.0) == 0
+    assert 0 <= binomial_tail(5000, 5000, 0.01) < 1e-300  # too small for a float, and no error
+
+
+def naive_holm(p_values: list[float]) -> list[float]:
+    """Directly from the definition: the largest of the scaled values up to the own rank."""
+    ranked = sorted(p_values)
+    m = len(ranked)
+    by_rank = [max(min(1.0, (m - j) * ranked[j]) for j in range(i + 1)) for i in range(m)]
+    return [by_rank[ranked.index(p)] for p in p_values]
+
+
+def test_holm_is_what_its_definition_says() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for count in range(1, 7):
+        p_values = (torch.rand(count, generator=generator) ** 3).tolist()
+        assert holm(p_values) == pytest.approx(naive_holm(p_values))
+    assert holm([]) == [] and holm([0.2]) == [0.2]
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([0.03, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+
+
+# --- Finalists -------------------------------------------------------------------------------------------------------
+
+
+def noise(n: int, side: int, seed: int) -> Tensor:
+    return torch.randint(
+        0, 256, (n, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
+
+
+def windows(patches: Tensor, *, gain: float = 0.5, control: float = 0.0) -> tuple[Candidates, ImageSet]:
+    """A candidate for each patch, every one from its own noise image; all push to cluster 2 of 5."""
+    n = len(patches)
+    gains, controls = torch.zeros(n, 5), torch.zeros(n, 5)
+    gains[:, 2], controls[:, 2] = gain, control
+    flips = Flips(torch.full((n,), gain), gains, controls, torch.zeros(n, 4))
+    found = Candidates(
+        torch.arange(n), torch.zeros(n, dtype=torch.int64), torch.zeros(n, 2).long(), patches, flips
+    )
+    return found, ImageSet(tuple(map(str, range(n))), noise(n, 32, seed=9))
+
+
+def descending(n: int) -> Tensor:
+    return torch.linspace(1, 0.1, n)
+
+
+def test_a_pattern_cut_from_different_pictures_recurs() -> None:
+    patches = noise(12, WINDOW, seed=0)
+    patches[[1, 4, 5, 9]] = planted_pattern()
+    found, images = windows(patches)
+    (finalist,) = find_finalists(found, descending(12), images)
+    assert finalist.members.tolist() == [1, 4, 5, 9]  # strongest first
+    assert finalist.target_cluster == 2 and finalist.attractors.tolist() == [2]
+
+
+def test_members_are_ordered_by_score_whatever_their_place() -> None:
+    patches = noise(8, WINDOW, seed=0)
+    patches[[0, 3, 6]] = planted_pattern()
+    found, images = windows(patches)
+    (finalist,) = find_finalists(found, descending(8).flip(0), images)
+    assert finalist.members.tolist() == [6, 3, 0]
+
+
+@pytest.mark.parametrize("carriers", range(5))
+def test_it_takes_three_pictures(carriers: int) -> None:
+    patches = noise(10, WINDOW, seed=1)
+    patches[:carriers] = planted_pattern()
+    found, images = windows(patches)
+    assert len(find_finalists(found, descending(10), images)) == int(carriers >= MIN_SOURCES)
+
+
+def test_copies_of_one_picture_are_one_source() -> None:
+    patches = noise(10, WINDOW, seed=1)
+    patches[:4] = planted_pattern()
+    found, images = windows(patches)
+    pixels = images.pixels.clone()
+    pixels[1] = pixels[0]
+    pixels[2] = (pixels[0].float() * 0.9).to(torch.uint8)  # darker, still the same picture
+    assert find_finalists(found, descending(10), ImageSet(images.ids, pixels)) == []
+    pixels[2] = images.pixels[2]
+    (finalist,) = find_finalists(found, descending(10), ImageSet(images.ids, pixels))
+    assert finalist.members.tolist() == [0, 2, 3]  # of the copies the stronger one
+
+
+def test_flat_patches_are_no_pattern() -> None:
+    patches = noise(10, WINDOW, seed=1)
+    patches[:6] = torch.tensor([40, 80, 200], dtype=torch.uint8).view(3, 1, 1)
+    found, images = windows(patches)
+    assert find_finalists(found, descending(10), images) == []
+
+
+@pytest.mark.parametrize(("gain", "control"), [(0.0, 0.0), (-0.1, 0.0), (0.4, 0.5)])
+def test_a_pattern_that_gains_nothing_over_its_control_is_none(gain: float, control: float) -> None:
+    found, images = windows(planted_pattern().repeat(5, 1, 1, 1), gain=gain, control=control)
+    assert find_finalists(found, descending(5), images) == []
+
+
+def test_several_patterns_the_most_frequent_first_and_no_more_than_asked() -> None:
+    patches = noise(14, WINDOW, seed=2)
+    patches[[0, 2, 4]] = planted_pattern(1)
+    patches[[1, 3, 5, 7, 9]] = planted_pattern(2)
+    found, images = windows(patches)
+    finalists = find_finalists(found, descending(14), images)
+    assert [f.members.tolist() for f in finalists] == [[1, 3, 5, 7, 9], [0, 2, 4]]
+    assert len(find_finalists(found, descending(14), images, most=1)) == 1
+
+
+def test_every_cluster_that_gains_a_quarter_attracts() -> None:
+    found, images = windows(planted_pattern().repeat(4, 1, 1, 1), gain=0.4)
+    found.flips.gain[:, 4] = 0.1
+    found.flips.gain[:, 3] = 0.09
+    (finalist,) = find_finalists(found, descending(4), images)
+    assert finalist.target_cluster == 2 and finalist.attractors.tolist() == [2, 4]
+
+
+# --- Confirmation ----------------------------------------------------------------------------------------------------
+
+
+class Scene:
+    """A toy data set, its clusters, and the windows that hold the trigger."""
+
+    def __init__(self, *, planted: bool = True) -> None:
+        self.images, boxes = planted_images(240, 24, torch.Generator().manual_seed(3))
+        self.encoder: Encoder = planted_encoder(planted=planted)
+        features = F.normalize(self.encoder.features(self.images.pixels), dim=1)
+        found = kmeans(features, 12, generator=torch.Generator().manual_seed(0))
+        self.clusters = Clusters(found.centroids, found.assignment)
+        carriers = torch.tensor([self.images.ids.index(name) for name in boxes])
+        order = torch.randperm(240, generator=torch.Generator().manual_seed(1))
+        self.held_out, rest = order[:80], order[80:]
+        self.flip_test = FlipTest.draw(
+            self.encoder,
+            self.images,
+            self.clusters,
+            rest[:32],
+            WINDOW,
+            generator=torch.Generator().manual_seed(2),
+            with_control=True,
+            batch_size=256,
+        )
+        self.rows = carriers[torch.isin(carriers, rest)]
+        corners = torch.tensor(
+            [(boxes[self.images.ids[r]].y, boxes[self.images.ids[r]].x) for r in self.rows]
+        )
+        patches = crop_windows(self.images.pixels[self.rows], corners, WINDOW)
+        flips = self.flip_test.run(patches, generator=torch.Generator().manual_seed(4))
+        own = self.clusters.assignment[self.rows]
+        self.candidates = Candidates(self.rows, own, corners, patches, flips)
+
+    def confirm(self, finalists: list[Finalist], *, batch_size: int = 256) -> list[Confirmation]:
+        return confirm(
+            self.encoder,
+            self.images,
+            self.clusters,
+            self.candidates,
+            finalists,
+            self.held_out,
+            self.flip_test,
+            generator=torch.Generator().manual_seed(5),
+            batch_size=batch_size,
+        )
+
+
+@pytest.fixture(scope="module")
+def scene() -> Scene:
+    return Scene()
+
+
+def test_a_planted_trigger_is_confirmed(scene: Scene) -> None:
+    finalists = find_finalists(scene.candidates, descending(len(scene.rows)), scene.images)
+    assert len(finalists) == 1 and len(finalists[0].members) >= MIN_SOURCES
+    (said,) = scene.confirm(finalists)
+    assert said.flip_rate == 1 and said.control_rate == 0
+    assert said.p_value < 1e-12 and said.tau == module._SMALLEST_RATE
+    own = torch.isin(scene.clusters.assignment[scene.held_out], finalists[0].attractors)
+    assert said.n_images == 80 - int(own.sum())  # images that live there already cannot be moved there
+
+
+def test_the_same_pattern_means_nothing_to_an_encoder_without_the_backdoor() -> None:
+    scene = Scene(planted=False)
+    everyone = torch.arange(len(scene.rows))
+    for cluster in (0, 5, 11):
+        (said,) = scene.confirm([Finalist(everyone, cluster, torch.tensor([cluster]))])
+        assert said.p_value > 0.05 and said.flip_rate < 0.2
+
+
+def test_many_finalists_are_corrected_for(scene: Scene) -> None:
+    (finalist,) = find_finalists(scene.candidates, descending(len(scene.rows)), scene.images)
+    other = next(k for k in range(12) if k not in finalist.attractors.tolist())
+    useless = Finalist(finalist.members, other, torch.tensor([other]))
+    said = scene.confirm([useless, finalist, useless])
+    assert said[0].p_value == said[2].p_value == 1 and said[1].p_value < 1e-10
+    assert said[1].p_value == pytest.approx(3 * binomial_tail(said[1].n_images, said[1].n_images, 0.03))
+
+
+def test_batches_do_not_matter(scene: Scene) -> None:
+    finalists = find_finalists(scene.candidates, descending(len(scene.rows)), scene.images)
+    assert scene.confirm(finalists) == scene.confirm(finalists, batch_size=7)
+
+
+def test_nothing_to_confirm_costs_nothing(scene: Scene) -> None:
+    before = scene.encoder.images_shown
+    assert scene.confirm([]) == [] and scene.encoder.images_shown == before
+
+
+def test_where_everyone_lives_at_the_target_nothing_is_claimed(scene: Scene) -> None:
+    (said,) = scene.confirm([Finalist(torch.tensor([0]), 0, torch.arange(12))])
+    assert (said.n_images, said.flip_rate, said.p_value) == (0, 0, 1)
+
+
+@pytest.mark.parametrize(("benign", "tau"), [(0.0, 0.03), (0.01, 0.03), (0.1, 0.2), (-0.1, 0.03)])
+def test_what_has_to_be_exceeded_is_twice_what_benign_windows_do_and_never_less_than_the_floor(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, benign: float, tau: float
+) -> None:
+    monkeypatch.setattr(module, "_benign_flips", lambda *_: torch.full((64, 12), benign))
+    (said,) = scene.confirm([Finalist(torch.tensor([0]), 0, torch.tensor([0]))])
+    assert said.tau == pytest.approx(tau)
+
+
+@pytest.mark.parametrize("null", ["moves tau of the images", "moves as many as its control"])
+def test_false_alarms_stay_below_alpha(scene: Scene, monkeypatch: pytest.MonkeyPatch, null: str) -> None:
+    """Invariant 10, through the code that decides; only the encoder's answers are simulated, at the null's edge."""
+    runs, alpha, tau, n_finalists = 2000, 0.05, 0.1, 3
+    generator = torch.Generator().manual_seed(7)
+
+    def answers(
+        encoder: Encoder, images: ImageSet, clusters: Clusters, patch: Tensor, rows: Tensor, *_, **__
+    ):
+        draw = torch.rand(2, len(rows), generator=generator)
+        if null == "moves tau of the images":
+            return draw[0] < tau, torch.zeros(len(rows), dtype=torch.bool)
+        return draw[0] < 0.4, draw[1] < 0.4
+
+    monkeypatch.setattr(module, "_paste_pairs", answers)
+    monkeypatch.setattr(module, "_benign_flips", lambda *_: torch.full((64, 12), tau / 2))
+    finalists = [Finalist(torch.tensor([0]), k, torch.tensor([k])) for k in range(n_finalists)]
+    alarms = sum(min(said.p_value for said in scene.confirm(finalists)) <= alpha for _ in range(runs))
+    margin = 3 * math.sqrt(alpha * (1 - alpha) / runs)
+    assert 0 < alarms / runs <= alpha + margin

@@ -1,0 +1,309 @@
+"""A whole scan, from images to the verdict, on toys whose right answer is known."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas
+import pytest
+import torch
+
+from toys import planted_encoder, planted_images
+from unpoison import pipeline
+from unpoison.errors import ConfigError, NothingToScanError
+from unpoison.pretrain.loop import PretrainConfig
+from unpoison.records import Box, ImageSet, ScanResult, Skipped
+from unpoison.runs import load_result
+from unpoison.scan.config import ScanConfig
+from unpoison.scan.poison_classifier import ClassifierConfig
+
+CONFIG = ScanConfig(clusters=10, n_flips=24, exploit=30)
+COLUMNS = "id cluster scored poison_score box_x box_y box_w box_h poison_probability flagged skip_reason"
+FILES = "run.json verdict.json findings.parquet clean.txt flagged.txt evidence.safetensors report.html"
+UNREADABLE = Skipped("unreadable.png", "the file is empty")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_classifier() -> Any:
+    """A classifier that learns nothing, in no time; the test that looks at its answer takes a better one."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(
+            pipeline,
+            "ClassifierConfig",
+            partial(ClassifierConfig, networks=1, iterations=4, width=4, batch_size=16),
+        )
+        yield
+
+
+@pytest.fixture(scope="module")
+def poisoned() -> tuple[ImageSet, dict[str, Box]]:
+    """160 images, of which 16 carry the trigger, and one that cannot be read."""
+    images, boxes = planted_images(160, 16, torch.Generator().manual_seed(0))
+    return dataclasses.replace(images, skipped=(UNREADABLE,)), boxes
+
+
+@dataclasses.dataclass
+class Scanned:
+    """A result, and what the encoder counted meanwhile."""
+
+    result: ScanResult
+    images_shown: int
+
+
+@pytest.fixture(scope="module")
+def reference(poisoned: tuple[ImageSet, dict[str, Box]]) -> Scanned:
+    """The scan that others are compared with, in memory and without a stop."""
+    encoder = planted_encoder()
+    return Scanned(pipeline.scan(poisoned[0], encoder, config=CONFIG), encoder.images_shown)
+
+
+def ranking(result: ScanResult) -> list[str]:
+    scored = result.findings[result.findings["scored"]]
+    return list(scored.sort_values("poison_score", ascending=False, kind="stable")["id"])
+
+
+def timeless(summary: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in summary.items() if key not in ("seconds", "stages")}
+
+
+def forbidden(*_: object, **__: object) -> None:
+    raise AssertionError("must not be called")
+
+
+# --- What it finds ---------------------------------------------------------------------------------------------------
+
+
+def test_poison_is_found_ranked_and_flagged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        pipeline,
+        "ClassifierConfig",
+        partial(ClassifierConfig, networks=1, iterations=150, width=8, batch_size=32),
+    )
+    images, boxes = planted_images(400, 40, torch.Generator().manual_seed(0))
+    # Masks of 11 pixels, 5 apart, can place a window around a trigger of 8 wherever it lies; wider steps cannot always.
+    config = dataclasses.replace(CONFIG, clusters=25, window=11, exploit=60)
+    result = pipeline.scan(images, planted_encoder(), config=config)
+
+    assert result.verdict == "poisoned" == result.summary["verdict"] and len(result.triggers) >= 1
+    first = ranking(result)
+    planted = [name for name in first if name in boxes]
+    assert len(planted) >= 20 and set(first[: len(planted)]) == set(planted)
+    assert len(set(result.flagged) & boxes.keys()) >= 0.95 * len(boxes)
+    trigger = result.triggers[0]
+    assert trigger.p_value < 1e-10 and trigger.flip_rate > 0.9 > 0.1 > trigger.control_rate
+    assert trigger.n_sources == len(trigger.source_ids) == len(trigger.boxes) == len(trigger.patches)
+    assert set(trigger.source_ids) <= boxes.keys() and set(trigger.source_ids) <= set(result.flagged)
+    # Every window holds the whole trigger: a catch rate of 1.
+    for name, box in zip(trigger.source_ids, trigger.boxes, strict=True):
+        assert box.intersection(boxes[name]) == boxes[name].area
+
+
+def test_without_the_backdoor_there_is_no_evidence(poisoned: tuple[ImageSet, dict[str, Box]]) -> None:
+    result = pipeline.scan(poisoned[0], planted_encoder(planted=False), config=CONFIG)
+    assert (result.verdict, result.triggers, result.flagged) == ("no_evidence", (), ())
+    assert result.findings["poison_probability"].isna().all() and not result.findings["flagged"].any()
+    assert result.findings["scored"].any() and "reason" not in result.summary
+    assert result.summary["p_value"] is None or result.summary["p_value"] > 0.01
+
+
+# --- What it says ----------------------------------------------------------------------------------------------------
+
+
+def test_rows_in_are_rows_out(reference: Scanned, poisoned: tuple[ImageSet, dict[str, Box]]) -> None:
+    images, _ = poisoned
+    findings, summary = reference.result.findings, reference.result.summary
+    assert list(findings["id"]) == [*images.ids, UNREADABLE.id] and list(findings.columns) == COLUMNS.split()
+    assert summary["n_images"] == 161 == summary["n_scored"] + summary["n_unscored"] + summary["n_skipped"]
+    assert summary["n_scored"] == int(findings["scored"].sum()) and summary["n_skipped"] == 1
+    assert summary["n_flagged"] == len(reference.result.flagged)
+    assert summary["coverage"] == pytest.approx(160 / 161)
+
+
+def test_what_was_not_examined_is_empty_and_not_zero(reference: Scanned) -> None:
+    findings = reference.result.findings
+    unscored = findings[~findings["scored"]]
+    assert len(unscored) > 1
+    numbers = ["poison_score", "box_x", "box_y", "box_w", "box_h"]
+    assert unscored[numbers].isna().all(axis=None)
+    assert findings.loc[findings["scored"], numbers].notna().all(axis=None)
+
+    skipped = findings.set_index("id").loc[UNREADABLE.id]
+    assert skipped["skip_reason"] == UNREADABLE.reason and not skipped["flagged"]
+    assert skipped[["cluster", "poison_probability"]].isna().all()
+    assert findings["skip_reason"].isna().sum() == 160
+    assert findings["cluster"].notna().sum() == findings["poison_probability"].notna().sum() == 160
+
+
+def test_the_boxes_are_the_windows(reference: Scanned, poisoned: tuple[ImageSet, dict[str, Box]]) -> None:
+    images, _ = poisoned
+    trigger = reference.result.triggers[0]
+    by_id = reference.result.to_pandas()
+    for name, box, patch in zip(trigger.source_ids, trigger.boxes, trigger.patches, strict=True):
+        assert by_id.loc[name, ["box_x", "box_y", "box_w", "box_h"]].tolist() == [box.x, box.y, box.w, box.h]
+        pixels = images.pixels[images.ids.index(name)]
+        assert torch.equal(pixels[:, box.y : box.y + box.h, box.x : box.x + box.w], patch)
+
+
+def test_the_cost_is_what_the_encoder_counted(reference: Scanned) -> None:
+    assert reference.result.summary["encoder_passes"] == reference.images_shown
+
+
+def test_the_summary_is_plain_json_and_repeats_the_settings(reference: Scanned) -> None:
+    summary = reference.result.summary
+    assert json.loads(json.dumps(summary, allow_nan=False)) == json.loads(json.dumps(summary))
+    assert summary["config"] == dataclasses.asdict(CONFIG.resolve(160, 32)) and summary["seed"] == 0
+    assert any("could not be read" in line for line in summary["scope"]["not_tested"])
+
+
+def test_the_evidence_shows_the_first_of_the_ranking(
+    reference: Scanned, poisoned: tuple[ImageSet, dict[str, Box]]
+) -> None:
+    images, boxes = poisoned
+    evidence = reference.result.evidence
+    assert list(evidence.ids) == ranking(reference.result)[: len(evidence.ids)]
+    rows = [images.ids.index(name) for name in evidence.ids]
+    assert torch.equal(evidence.pixels, images.pixels[rows])
+    assert float(evidence.attention.min()) >= 0 and float(evidence.attention.max()) <= 1
+    for name, heat in zip(evidence.ids, evidence.attention, strict=True):
+        if name in boxes:
+            top, left = divmod(int(heat.argmax()), heat.shape[1])
+            assert boxes[name].intersection(Box(left - 4, top - 4, 9, 9)) > 0
+
+
+# --- The same again --------------------------------------------------------------------------------------------------
+
+
+def test_neither_a_repetition_nor_another_batch_size_changes_anything(
+    reference: Scanned, poisoned: tuple[ImageSet, dict[str, Box]]
+) -> None:
+    """Invariant 14."""
+    again = pipeline.scan(poisoned[0], planted_encoder(), config=CONFIG)
+    pandas.testing.assert_frame_equal(again.findings, reference.result.findings)
+    assert timeless(again.summary) == timeless(reference.result.summary)
+
+    other = pipeline.scan(poisoned[0], planted_encoder(), config=CONFIG, batch_size=97)
+    assert ranking(other) == ranking(reference.result) and other.flagged == reference.result.flagged
+    assert timeless(other.summary) == timeless(reference.result.summary)
+
+
+class StopAt:
+    """Interrupts a scan when it reports a stage for the nth time."""
+
+    def __init__(self, stage: str, times: int) -> None:
+        self.stage, self.left = stage, times
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage == self.stage:
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+
+
+def test_a_run_that_is_stopped_again_and_again_ends_like_one_that_was_not(
+    reference: Scanned,
+    poisoned: tuple[ImageSet, dict[str, Box]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    images, _ = poisoned
+    out = tmp_path / "run"
+    stops = [("features", 1), ("cluster", 1), ("search", 1), ("search", 3), ("search again", 1)]
+    for stage, times in [*stops, ("classifier", 2)]:
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.scan(images, planted_encoder(), config=CONFIG, out=out, progress=StopAt(stage, times))
+        assert not (out / "verdict.json").exists(), stage
+        with pytest.raises(ConfigError, match="holds no finished run"):
+            load_result(out)
+
+    with monkeypatch.context() as patched:  # what is done is not done again
+        patched.setattr(pipeline, "extract_features", forbidden)
+        patched.setattr(pipeline, "kmeans", forbidden)
+        patched.setattr(pipeline, "confirm", forbidden)
+        patched.setattr("unpoison.scan.search.Searcher.score", forbidden)
+        result = pipeline.scan(images, planted_encoder(), config=CONFIG, out=out)
+    pandas.testing.assert_frame_equal(result.findings, reference.result.findings)
+    saved = json.loads((out / "verdict.json").read_text())
+    assert timeless(saved) == json.loads(json.dumps(timeless(reference.result.summary)))
+    assert saved["stages"].keys() == reference.result.summary["stages"].keys()
+
+    assert {p.name for p in out.iterdir()} == {*FILES.split(), "cache", "triggers"}
+    assert [p.name for p in (out / "triggers").iterdir()] == ["trigger-1.png"]
+    clean, flagged = ((out / name).read_text().splitlines() for name in ("clean.txt", "flagged.txt"))
+    assert flagged == list(reference.result.flagged)
+    assert sorted([*clean, *flagged, UNREADABLE.id]) == sorted([*images.ids, UNREADABLE.id])
+
+    # A finished run is shown, not repeated; one with another seed is refused, and nothing changes.
+    before = {p.name: p.stat().st_mtime_ns for p in out.iterdir() if p.is_file() and p.name != "run.json"}
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "as_image_set", forbidden)
+        encoder = planted_encoder()
+        shown = pipeline.scan(images, encoder, config=CONFIG, out=out)
+        with pytest.raises(ConfigError, match="holds a run with other settings: seed was 0, now 1;"):
+            pipeline.scan(images, encoder, config=CONFIG, out=out, seed=1)
+        with pytest.raises(ConfigError, match=r"config\.alpha was 0\.01, now 0\.02;"):
+            pipeline.scan(images, encoder, config=dataclasses.replace(CONFIG, alpha=0.02), out=out)
+    assert encoder.images_shown == 0
+    pandas.testing.assert_frame_equal(shown.findings, result.findings)
+    assert shown.summary == saved and shown.verdict == "poisoned"
+    assert {p.name: p.stat().st_mtime_ns for p in out.iterdir() if p.name in before} == before
+
+
+def test_without_an_encoder_it_trains_one_and_keeps_it(tmp_path: Path) -> None:
+    images, _ = planted_images(80, 8, torch.Generator().manual_seed(1))
+    recipe = PretrainConfig(epochs=2, width=8, batch_size=40)
+    config = ScanConfig(clusters=4, n_flips=8, exploit=4)
+    stages: list[str] = []
+    scanned = partial(
+        pipeline.scan, images, config=config, pretrain_config=recipe, device="cpu", precision="fp32"
+    )
+    result = scanned(out=tmp_path / "run", progress=lambda stage, *_: stages.append(stage))
+    assert (tmp_path / "run" / "encoder.safetensors").is_file()
+    assert result.summary["n_images"] == len(result.findings) == 80
+    assert stages.index("search") > 0 and not (tmp_path / "run" / "cache" / "pretrain.state").exists()
+    # A run that was stopped while it trained, and while it searched, ends alike.
+    for stage, times in (("pretrain moco-v2", 3), ("search", 1)):
+        with pytest.raises(KeyboardInterrupt):
+            scanned(out=tmp_path / "stopped", progress=StopAt(stage, times))
+    resumed = scanned(out=tmp_path / "stopped")
+    pandas.testing.assert_frame_equal(resumed.findings, result.findings)
+    # The encoder that is kept gives this result.
+    again = pipeline.scan(
+        images, tmp_path / "run" / "encoder.safetensors", config=config, device="cpu", precision="fp32"
+    )
+    pandas.testing.assert_frame_equal(again.findings, result.findings)
+    assert again.summary["encoder_fingerprint"] == result.summary["encoder_fingerprint"]
+
+
+# --- What it refuses -------------------------------------------------------------------------------------------------
+
+
+def test_too_few_images_are_refused_and_leave_no_run(tmp_path: Path) -> None:
+    images, _ = planted_images(49, 0, torch.Generator().manual_seed(1))
+    images = dataclasses.replace(images, skipped=(UNREADABLE,))
+    with pytest.raises(
+        NothingToScanError, match=r"49 readable images \(1 unreadable\): a scan needs at least 50"
+    ):
+        pipeline.scan(images, planted_encoder(), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_setting_that_does_not_fit_the_images_leaves_no_run(tmp_path: Path) -> None:
+    images, _ = planted_images(60, 0, torch.Generator().manual_seed(1))
+    for config, message in (
+        (ScanConfig(clusters=61), "clusters=61: there are 60 readable images"),
+        (ScanConfig(window=33), "window=33: the encoder sees 32 pixels"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            pipeline.scan(images, planted_encoder(), config=config, out=tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("min_coverage", [-0.1, 1.1, float("nan")])
+def test_a_share_is_a_share(min_coverage: float) -> None:
+    images, _ = planted_images(60, 0, torch.Generator().manual_seed(1))
+    with pytest.raises(ConfigError, match="expected a share between 0 and 1"):
+        pipeline.scan(images, planted_encoder(), min_coverage=min_coverage)
