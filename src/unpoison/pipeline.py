@@ -43,7 +43,7 @@ from unpoison.runs import MemoryRun, RunFolder, Stages, load_result
 from unpoison.runtime import Progress, silent, stage_generator
 from unpoison.scan.candidates import Candidates
 from unpoison.scan.config import ScanConfig
-from unpoison.scan.confirm import Confirmation, Finalist, confirm, find_finalists
+from unpoison.scan.confirm import MANY_SOURCES, Confirmation, Finalist, confirm, find_finalists
 from unpoison.scan.flip_test import FlipTest, nearest_rows
 from unpoison.scan.patchsearch import GradCamAttention
 from unpoison.scan.poison_classifier import ClassifierConfig, train_poison_classifier
@@ -228,21 +228,49 @@ def _conclude(
     search = _rank_by_confirmed(search, [finalist for finalist, _ in accepted])
     probability, threshold = _classify(bench, clusters, search, [finalist for finalist, _ in accepted])
     triggers = tuple(_trigger(bench, search, finalist, said) for finalist, said in accepted)
-    n_named = len(bench.images) + len(bench.images.skipped)
-    covered = len(bench.images) / n_named
-    verdict: Verdict = (
-        "poisoned" if triggers else "no_evidence" if covered >= min_coverage else "inconclusive"
+    verdict, reason = _judge(
+        bench.images, finalists, confirmations, bool(triggers), config.alpha, min_coverage
     )
     findings = _findings(bench, clusters, search, triggers, probability, threshold)
     evidence = _evidence(bench, search)
-    summary = _summary(
-        bench, search, verdict, findings, triggers, accepted, confirmations, covered, min_coverage, started
-    )
+    summary = _summary(bench, search, verdict, reason, findings, triggers, accepted, confirmations, started)
     result = ScanResult(verdict, findings, triggers, evidence, summary)
     if folder is not None:
         write_report(folder.path, result, images=bench.images)
         folder.save(result)
     return result
+
+
+def _judge(
+    images: ImageSet,
+    finalists: list[Finalist],
+    confirmations: list[Confirmation],
+    confirmed: bool,
+    alpha: float,
+    min_coverage: float,
+) -> tuple[Verdict, str]:
+    """The verdict, and what kept it from being a plain one."""
+    if confirmed:
+        return "poisoned", ""
+    for finalist, said in zip(finalists, confirmations, strict=True):
+        if said.steering_p_value <= alpha and len(finalist.members) >= MANY_SOURCES:
+            return "inconclusive", (
+                f"one pattern recurs in {len(finalist.members)} images and moves {said.flip_rate:.0%} of other images, "
+                f"but its shuffled pixels move {said.control_rate:.0%} too: the encoder obeys a colour, planted or "
+                "natural; look at these images in the report"
+            )
+    covered = _coverage(images)
+    if covered < min_coverage:
+        return "inconclusive", (
+            f"{covered:.1%} of the images could be read, less than the {min_coverage:.1%} asked for; repair them, "
+            "or lower --min-coverage"
+        )
+    return "no_evidence", ""
+
+
+def _coverage(images: ImageSet) -> float:
+    """Share of the named images that could be read."""
+    return len(images) / (len(images) + len(images.skipped))
 
 
 def _own_geometry(source: Opened, image_size: int | None) -> Geometry:
@@ -429,11 +457,11 @@ def _confirm(
                 batch_size=bench.batch_size,
             )
         )
-        rows = [[c.flip_rate, c.control_rate, c.tau, c.p_value, c.n_images] for c in said]
-        return {"confirmations": torch.tensor(rows, dtype=torch.float64).view(-1, 5)}
+        rows = [[c.flip_rate, c.control_rate, c.tau, c.p_value, c.n_images, c.steering_p_value] for c in said]
+        return {"confirmations": torch.tensor(rows, dtype=torch.float64).view(-1, 6)}
 
     rows = bench.run.stage("confirm", compute, passes=bench.passes)["confirmations"].tolist()
-    return [Confirmation(r[0], r[1], r[2], r[3], int(r[4])) for r in rows]
+    return [Confirmation(r[0], r[1], r[2], r[3], int(r[4]), r[5]) for r in rows]
 
 
 def _rank_by_confirmed(search: _Search, finalists: list[Finalist]) -> _Search:
@@ -593,12 +621,11 @@ def _summary(
     bench: _Bench,
     search: _Search,
     verdict: Verdict,
+    reason: str,
     findings: pandas.DataFrame,
     triggers: tuple[TriggerFinding, ...],
     accepted: list[tuple[Finalist, Confirmation]],
     confirmations: list[Confirmation],
-    covered: float,
-    min_coverage: float,
     started: float,
 ) -> dict[str, Any]:
     """The content of verdict.json."""
@@ -628,8 +655,8 @@ def _summary(
             }
             for number, (trigger, (_, said)) in enumerate(zip(triggers, accepted, strict=True), start=1)
         ],
-        "scope": _scope(bench, covered),
-        "coverage": covered,
+        "scope": _scope(bench),
+        "coverage": _coverage(images),
         "location": bench.location,
         "encoder": encoder.name,
         "encoder_fingerprint": encoder.fingerprint,
@@ -645,15 +672,12 @@ def _summary(
             **{name: importlib.metadata.version(name) for name in ("unpoison", "torch", "timm", "numpy")},
         },
     }
-    if verdict == "inconclusive":
-        summary["reason"] = (
-            f"{covered:.1%} of the images could be read, less than the {min_coverage:.1%} asked for; "
-            "repair them, or lower --min-coverage"
-        )
+    if reason:
+        summary["reason"] = reason
     return summary
 
 
-def _scope(bench: _Bench, covered: float) -> dict[str, list[str]]:
+def _scope(bench: _Bench) -> dict[str, list[str]]:
     config, size = bench.config, bench.encoder.preprocessing.geometry.size
     tested = [
         f"opaque patches of up to about {config.window} of {size} pixels per side, anywhere in the image",
@@ -665,7 +689,7 @@ def _scope(bench: _Bench, covered: float) -> dict[str, list[str]]:
         "poison that this encoder has not learned from",
         "images that no cluster's sample reached: the search scores a part of the images only",
     ]
-    if covered < 1:
+    if bench.images.skipped:
         not_tested.append(f"{len(bench.images.skipped)} images that could not be read")
     if bench.encoder.preprocessing.assumed:
         not_tested.append("whether the encoder's normalisation is right: mean, std or size had to be assumed")

@@ -24,7 +24,7 @@ def demo(
     out: Annotated[
         Path, typer.Option(metavar="DIR", help="Folder for everything that the demo makes.")
     ] = Path("demo-run"),
-    data: Annotated[str, typer.Option(help="Images that come along: digits or photos.")] = "digits",
+    data: Annotated[str, typer.Option(help="Images that come along: photos or digits.")] = "photos",
     images: Annotated[
         Path | None,
         typer.Option(metavar="IMAGES", help="Your own labelled images instead.", show_default=False),
@@ -41,7 +41,10 @@ def demo(
 
     with log_into(out), screen.progress() as progress:
         result = run_demo(images, out, seed=seed, device=device, data=data, fresh=fresh, progress=progress)
-    screen.finish({"schema": 1, "out": str(out), **asdict(result)}, lambda: _text(screen, result.table, result.sentence, out))
+    screen.finish(
+        {"schema": 1, "out": str(out), **asdict(result)},
+        lambda: _text(screen, result.table, result.sentence, out),
+    )
 
 
 def _text(screen: Screen, rows: Any, sentence: str, out: Path) -> str:

@@ -26,19 +26,34 @@ from unpoison.functional.matching import duplicate_images, patch_similarity
 from unpoison.functional.windows import crop_windows, paste_windows
 from unpoison.records import Clusters, ImageSet
 from unpoison.scan.candidates import Candidates
-from unpoison.scan.flip_test import FlipTest, draw_corners, shuffle_blocks
+from unpoison.scan.flip_test import Flips, FlipTest, draw_corners, shuffle_blocks
 from unpoison.scan.search import SAME_PATTERN
 
-__all__ = ["MIN_SOURCES", "Confirmation", "Finalist", "binomial_tail", "confirm", "find_finalists", "holm"]
+__all__ = [
+    "MANY_SOURCES",
+    "MIN_SOURCES",
+    "Confirmation",
+    "Finalist",
+    "binomial_tail",
+    "confirm",
+    "find_finalists",
+    "holm",
+]
 
 MIN_SOURCES = 3
 """Different pictures that must carry the same pattern; an attack needs hundreds."""
+
+MANY_SOURCES = 10
+"""Pictures with the same pattern from which a pattern that steers by colour alone is worth a person's look."""
 
 _COMPARED = 120
 """Strongest candidates that are compared with each other."""
 
 _SMALLEST_RATE = 0.03
 """Below this share of steered images no attack is worth while."""
+
+_STRIKING_RATE = 0.2
+"""Share of steered images that no innocent window was seen to reach."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +80,9 @@ class Confirmation:
         tau: share moved by the patch and not by its control that had to be exceeded.
         p_value: larger of the two tests' p-values, corrected for the number of finalists by Holm's method.
         n_images: images it was tested on.
+        steering_p_value: of the patch alone, whatever its control does: does it move more than a rate that no window
+            of innocent images comes near? A backdoor that fires at colour alone (colour patches on grey images) shows
+            here only.
     """
 
     flip_rate: float
@@ -72,6 +90,7 @@ class Confirmation:
     tau: float
     p_value: float
     n_images: int
+    steering_p_value: float
 
 
 def find_finalists(
@@ -191,9 +210,14 @@ def confirm(
     benign = _benign_flips(images, flip_test, held_out, generator)
     results = []
     raw = []
+    steering = []
     for finalist in finalists:
         patch = candidates.patches[_strongest(candidates, finalist)]
-        tau = max(_SMALLEST_RATE, 2 * float(benign[:, finalist.attractors].sum(dim=1).quantile(0.975)))
+        net, alone = (
+            _upper_tail(gain, finalist.attractors)
+            for gain in (benign.gain - benign.control_gain, benign.gain)
+        )
+        tau = max(_SMALLEST_RATE, 2 * net)
         rows = held_out[~torch.isin(clusters.assignment[held_out], finalist.attractors)]
         hit, control_hit = _paste_pairs(
             encoder,
@@ -213,11 +237,20 @@ def confirm(
             )
         )
         n = max(len(rows), 1)
-        results.append((int(hit.sum()) / n, int(control_hit.sum()) / n, tau, len(rows)))
+        hits = int(hit.sum())
+        steering.append(binomial_tail(hits, len(rows), max(_STRIKING_RATE, 2 * alone)))
+        results.append((hits / n, int(control_hit.sum()) / n, tau, len(rows)))
     return [
-        Confirmation(flip_rate=rate, control_rate=control, tau=tau, p_value=p, n_images=n)
-        for (rate, control, tau, n), p in zip(results, holm(raw), strict=True)
+        Confirmation(
+            flip_rate=rate, control_rate=control, tau=tau, p_value=p, n_images=n, steering_p_value=steering_p
+        )
+        for (rate, control, tau, n), p, steering_p in zip(results, holm(raw), holm(steering), strict=True)
     ]
+
+
+def _upper_tail(gain: Tensor, attractors: Tensor) -> float:
+    """What 97.5 % of the benign windows stay below; the rest may hold a trigger by chance."""
+    return float(gain[:, attractors].sum(dim=1).quantile(0.975))
 
 
 def _strongest(candidates: Candidates, finalist: Finalist) -> int:
@@ -228,16 +261,15 @@ def _strongest(candidates: Candidates, finalist: Finalist) -> int:
 
 def _benign_flips(
     images: ImageSet, flip_test: FlipTest, held_out: Tensor, generator: torch.Generator
-) -> Tensor:
-    """(64, K) what random windows of random search-half images gain over their controls; mostly innocent windows."""
+) -> Flips:
+    """What 64 random windows of random search-half images do; mostly innocent ones, whatever the data."""
     allowed = torch.ones(len(images), dtype=torch.bool)
     allowed[held_out] = False
     rows = allowed.nonzero().flatten()
     rows = rows[torch.randperm(len(rows), generator=generator)[:64]]
     side = flip_test.window
     corners = draw_corners(len(rows), images.size, side, generator=generator)
-    flips = flip_test.run(crop_windows(images.pixels[rows], corners, side), generator=generator)
-    return flips.gain - flips.control_gain
+    return flip_test.run(crop_windows(images.pixels[rows], corners, side), generator=generator)
 
 
 def _paste_pairs(
