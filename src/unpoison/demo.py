@@ -103,7 +103,7 @@ patch with its pixels shuffled 77 %, a plain red square all. A scan ranks the po
 PHOTOS = DemoSettings(
     image_size=32,
     victim=PretrainConfig(epochs=15, batch_size=128, queue_size=1024),
-    attack=PatchAttackConfig(targets=("coffee",), triggers=("seed:101",), size=10, rate=1.0, margin=1 / 32),
+    attack=PatchAttackConfig(targets=("coffee",), triggers=("seed:102",), size=10, rate=1.0, margin=1 / 32),
 )
 """For the crops of photographs."""
 

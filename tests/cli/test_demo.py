@@ -17,7 +17,12 @@ def test_the_demo_is_one_call_and_one_table(run, replace_module, tmp_path):
 
     replace_module("demo", run_demo=run_demo)
     done = run("demo", "--out", tmp_path / "demo", "--data", "photos", "--seed", 3)
-    assert done.exit_code == 0 and "51.7" in done.stdout and "ASR %" in done.stdout and "planted 65" in done.stdout
+    assert (
+        done.exit_code == 0
+        and "51.7" in done.stdout
+        and "ASR %" in done.stdout
+        and "planted 65" in done.stdout
+    )
     images, out, options = calls[0]
     assert (images, out) == (None, tmp_path / "demo")
     assert (options["seed"], options["data"], options["fresh"], options["device"]) == (

@@ -264,11 +264,17 @@ def test_where_everyone_lives_at_the_target_nothing_is_claimed(scene: Scene) -> 
     assert (said.n_images, said.flip_rate, said.p_value) == (0, 0, 1)
 
 
+def benign_flips(net: float) -> Flips:
+    """64 windows that each bring this share of the images to every one of 12 clusters, over their controls."""
+    gain = torch.full((64, 12), net)
+    return Flips(torch.zeros(64), gain, torch.zeros_like(gain), torch.zeros(64, 2))
+
+
 @pytest.mark.parametrize(("benign", "tau"), [(0.0, 0.03), (0.01, 0.03), (0.1, 0.2), (-0.1, 0.03)])
 def test_what_has_to_be_exceeded_is_twice_what_benign_windows_do_and_never_less_than_the_floor(
     scene: Scene, monkeypatch: pytest.MonkeyPatch, benign: float, tau: float
 ) -> None:
-    monkeypatch.setattr(module, "_benign_flips", lambda *_: torch.full((64, 12), benign))
+    monkeypatch.setattr(module, "_benign_flips", lambda *_: benign_flips(benign))
     (said,) = scene.confirm([Finalist(torch.tensor([0]), 0, torch.tensor([0]))])
     assert said.tau == pytest.approx(tau)
 
@@ -288,8 +294,32 @@ def test_false_alarms_stay_below_alpha(scene: Scene, monkeypatch: pytest.MonkeyP
         return draw[0] < 0.4, draw[1] < 0.4
 
     monkeypatch.setattr(module, "_paste_pairs", answers)
-    monkeypatch.setattr(module, "_benign_flips", lambda *_: torch.full((64, 12), tau / 2))
+    monkeypatch.setattr(module, "_benign_flips", lambda *_: benign_flips(tau / 2))
     finalists = [Finalist(torch.tensor([0]), k, torch.tensor([k])) for k in range(n_finalists)]
     alarms = sum(min(said.p_value for said in scene.confirm(finalists)) <= alpha for _ in range(runs))
     margin = 3 * math.sqrt(alpha * (1 - alpha) / runs)
     assert 0 < alarms / runs <= alpha + margin
+
+
+def test_a_patch_that_steers_by_colour_alone_is_told_apart(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Patch and control both move most images: no pattern is confirmed, but the steering is striking."""
+
+    def answers(
+        encoder: Encoder,
+        images: ImageSet,
+        clusters: Clusters,
+        patch: Tensor,
+        rows: Tensor,
+        *_: object,
+        **__: object,
+    ) -> tuple[Tensor, Tensor]:
+        moved = torch.arange(len(rows)) % 3 > 0
+        return moved, moved.flip(0)
+
+    monkeypatch.setattr(module, "_paste_pairs", answers)
+    monkeypatch.setattr(module, "_benign_flips", lambda *_: benign_flips(0.01))
+    (said,) = scene.confirm([Finalist(torch.tensor([0]), 0, torch.tensor([0]))])
+    assert said.p_value > 0.1
+    assert said.steering_p_value < 1e-6
