@@ -66,6 +66,7 @@ def fake_result(
         triggers = (
             TriggerFinding(
                 target_cluster=7,
+                target_clusters=(7,),
                 flip_rate=0.714,
                 control_rate=0.018,
                 p_value=3.2e-41,
@@ -90,6 +91,7 @@ def fake_result(
         "triggers": [
             {
                 "target_cluster": 7,
+                "target_clusters": [7],
                 "flip_rate": 0.714,
                 "control_rate": 0.018,
                 "n_sources": n_flagged,

@@ -252,7 +252,9 @@ def test_a_result_comes_back_as_it_was(tmp_path: Path, verdict: str) -> None:
     assert len(found.triggers) == len(result.triggers)
     for one, other in zip(found.triggers, result.triggers, strict=True):
         assert torch.equal(one.patches, other.patches)
-        names = "target_cluster flip_rate control_rate p_value n_sources source_ids boxes image"
+        names = (
+            "target_cluster target_clusters flip_rate control_rate p_value n_sources source_ids boxes image"
+        )
         assert all(getattr(one, name) == getattr(other, name) for name in names.split())
 
 

@@ -535,6 +535,7 @@ def _trigger(bench: _Bench, search: _Search, finalist: Finalist, said: Confirmat
     corners = search.candidates.corners[finalist.members].tolist()
     return TriggerFinding(
         target_cluster=finalist.target_cluster,
+        target_clusters=tuple(finalist.attractors.tolist()),
         flip_rate=said.flip_rate,
         control_rate=said.control_rate,
         p_value=said.p_value,
@@ -645,6 +646,7 @@ def _summary(
         "triggers": [
             {
                 "target_cluster": trigger.target_cluster,
+                "target_clusters": list(trigger.target_clusters),
                 "flip_rate": trigger.flip_rate,
                 "control_rate": trigger.control_rate,
                 "tau": said.tau,

@@ -147,8 +147,9 @@ class TriggerFinding:
     """A patch that moves other images into one cluster, confirmed on images that the search never saw.
 
     Attributes:
-        target_cluster: where images go that carry the patch.
-        flip_rate: share of the confirmation images that the patch moves there, [0, 1].
+        target_cluster: where most images go that carry the patch.
+        target_clusters: all the clusters where they go; a trigger's poison often fills several.
+        flip_rate: share of the confirmation images that the patch moves to one of these, [0, 1].
         control_rate: the same for the patch with its pixels shuffled in blocks, at the same places.
         p_value: of the confirmation, corrected for the number of finalists.
         n_sources: distinct images that carry the trigger.
@@ -159,6 +160,7 @@ class TriggerFinding:
     """
 
     target_cluster: int
+    target_clusters: tuple[int, ...]
     flip_rate: float
     control_rate: float
     p_value: float

@@ -226,6 +226,7 @@ def load_result(folder: str | Path) -> ScanResult:
             triggers = tuple(
                 TriggerFinding(
                     target_cluster=said["target_cluster"],
+                    target_clusters=tuple(said["target_clusters"]),
                     flip_rate=said["flip_rate"],
                     control_rate=said["control_rate"],
                     p_value=more["p_value"],

@@ -31,15 +31,24 @@ def window_mask(size: int, top: int, left: int, side: int) -> Tensor:
 
 
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 6))
-def test_grid_masks_are_windows_in_row_major_order_up_to_the_border(
-    size: int, side: int, stride: int
-) -> None:
+def test_grid_masks_are_overhanging_windows_in_row_major_order(size: int, side: int, stride: int) -> None:
     side = min(size, side)
-    offsets = list(range(0, size - side + 1, stride))
-    if offsets[-1] != size - side:
-        offsets.append(size - side)
-    expected = torch.stack([window_mask(size, y, x, side) for y in offsets for x in offsets])
+    starts = range(min(stride - side, 0), size, stride) if stride < side else range(0, size, stride)
+    expected = torch.stack([clipped_mask(size, top, left, side) for top in starts for left in starts])
     assert torch.equal(grid_masks(size, side, stride), expected)
+
+
+def clipped_mask(size: int, top: int, left: int, side: int) -> Tensor:
+    mask = torch.zeros(size, size, dtype=torch.bool)
+    mask[max(top, 0) : top + side, max(left, 0) : left + side] = True
+    return mask
+
+
+@pytest.mark.parametrize(("size", "side", "stride"), [(32, 8, 4), (32, 9, 3), (64, 16, 8), (10, 10, 5)])
+def test_a_grid_hides_every_pixel_equally_often(size: int, side: int, stride: int) -> None:
+    """The border too: with uneven coverage, dividing by it would move the attention's peak."""
+    coverage = grid_masks(size, side, stride).sum(dim=0)
+    assert coverage.unique().tolist() == [(side // stride) ** 2]
 
 
 @pytest.mark.parametrize(("side", "trigger"), [(9, 6), (12, 8), (8, 8), (32, 5)])

@@ -334,9 +334,12 @@ def _trigger_section(number: int, trigger: TriggerFinding, summary: Mapping[str,
     n_pasted = next((entry[key] for key in ("n_confirmation", "n_confirm", "n_pasted") if key in entry), None)
     onto = f"{_count(n_pasted)} images" if _number(n_pasted) else "images"
     moved = "none" if trigger.control_rate == 0 else percent(trigger.control_rate)
+    where = f"cluster {trigger.target_cluster}"
+    if len(trigger.target_clusters) > 1:
+        where = f"{len(trigger.target_clusters)} clusters, most of those into {where}"
     sentence = (
         f"Pasted on {onto} that the search never saw, this patch moved {percent(trigger.flip_rate)} of them into "
-        f"cluster {trigger.target_cluster}. The same patch with its pixels shuffled, at the same places, moved {moved}."
+        f"{where}. The same patch with its pixels shuffled, at the same places, moved {moved}."
     )
     facts = (
         Fact(

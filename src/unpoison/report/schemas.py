@@ -44,7 +44,12 @@ _VERDICT = _object(
             "type": "array",
             "items": _object(
                 {
-                    "target_cluster": _count("Where images go that carry the patch."),
+                    "target_cluster": _count("Where most images go that carry the patch."),
+                    "target_clusters": {
+                        "type": "array",
+                        "description": "All clusters where they go.",
+                        "items": {"type": "integer", "minimum": 0},
+                    },
                     "flip_rate": _share("Of images that the search never saw."),
                     "control_rate": _share("The same for the shuffled patch."),
                     "n_sources": _count("Distinct images that carry it."),
