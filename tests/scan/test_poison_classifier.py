@@ -331,7 +331,6 @@ def test_the_published_settings() -> None:
         ({"iterations": 0}, "iterations=0: expected at least 1"),
         ({"batch_size": 1}, "batch_size=1: expected at least 2"),
         ({"evaluate_every": 0}, "evaluate_every=0: expected at least 1"),
-        ({"exclude": 1.5}, r"exclude=1.5: expected a share in \[0, 1\]"),
         ({"whole_images": -0.1}, r"whole_images=-0.1: expected a share in \[0, 1\]"),
         ({"false_positive_rate": 2}, r"false_positive_rate=2: expected a share in \[0, 1\]"),
         ({"learning_rate": 0}, "learning_rate=0: expected a positive number"),

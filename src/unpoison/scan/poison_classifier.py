@@ -56,7 +56,6 @@ class ClassifierConfig:
         width: channels of the first stage of each ResNet-10.
         learning_rate: for a batch of 32; scaled linearly with the batch, falls as a cosine to zero.
         momentum, weight_decay: of SGD.
-        exclude: share of the images, those with the highest scores, that the caller leaves out of `base_rows`.
         smallest_side, largest_side: of a pasted patch.
         margin: of the border that pasted patches keep free.
         whole_images: share of training images that are not cropped, [0, 1].
@@ -72,7 +71,6 @@ class ClassifierConfig:
     learning_rate: float = 0.01
     momentum: float = 0.9
     weight_decay: float = 1e-4
-    exclude: float = 0.10
     smallest_side: float = 20 / 224
     largest_side: float = 79 / 224
     margin: float = 10 / 224
@@ -85,7 +83,7 @@ class ClassifierConfig:
         for name, least in (("networks", 1), ("iterations", 1), ("batch_size", 2), ("evaluate_every", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected at least {least}")
-        for name in ("exclude", "whole_images", "false_positive_rate"):
+        for name in ("whole_images", "false_positive_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected a share in [0, 1]")
         if not self.learning_rate > 0:
