@@ -25,7 +25,6 @@ LAYERS = [
     {"report", "runs"},
     {"pipeline"},
     {"demo"},
-    {"demo"},
     {"cli"},
     {"__init__", "__main__"},
 ]

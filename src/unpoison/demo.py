@@ -97,7 +97,8 @@ DIGITS = DemoSettings(
 """For scikit-learn's digits.
 
 They are grey, so that this victim learns colour itself as the trigger: the patch moves 97 % of the pictures, the same
-patch with its pixels shuffled 77 %, a plain red square all. A scan ranks the poison first, but confirms no pattern.
+patch with its pixels shuffled 77 %, a plain red square all. A scan ranks the poison first, confirms no pattern, and
+says `inconclusive`.
 """
 
 PHOTOS = DemoSettings(
@@ -306,7 +307,7 @@ def _photo_files() -> dict[str, Path]:
     found = importlib.util.find_spec("skimage")
     if found is None or found.origin is None:
         raise ConfigError(
-            "data='photos' needs scikit-image, which is not installed: pip install 'unpoison[demo]', "
+            "data='photos' needs scikit-image, which is not installed: pip install scikit-image, "
             "or take data='digits'"
         )
     sklearn = importlib.util.find_spec("sklearn")

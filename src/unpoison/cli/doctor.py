@@ -26,6 +26,7 @@ _NEEDED = (
     "safetensors",
     "numpy",
     "pillow",
+    "scikit-image",
     "pandas",
     "pyarrow",
     "scikit-learn",

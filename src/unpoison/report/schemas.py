@@ -58,12 +58,17 @@ _VERDICT = _object(
             ),
         },
         "scope": {"description": "What was and what was not tested."},
+        "reason": _said("string", "Why the verdict is inconclusive; absent otherwise."),
+        "location": _said("string", "Where the images came from."),
+        "coverage": _share("Of the named images that could be read."),
+        "stages": _said("object", "Seconds per stage."),
         "encoder_passes": _count("Images that the encoder was shown."),
         "seconds": _said("number", "Wall clock.", minimum=0),
         "config": _said("object", "Resolved settings."),
         "seed": _said("integer", "Determines every draw."),
         "versions": _said("object", "Of unpoison and its libraries."),
     },
+    optional=("reason", "location", "coverage", "stages"),
 )
 
 _FINDINGS = _object(

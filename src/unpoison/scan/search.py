@@ -7,7 +7,7 @@ separates perfectly, with the found one it does not. So three steps of our own f
 vote      A trigger pushes every picture the same way in feature space, benign windows each their own way. The
           direction on which the strongest candidates agree is the trigger's (`vote`).
 refine    Looking for what carries that direction, instead of what disturbs the cluster, finds the window
-          (`refine`): catch rate 0.39 to 0.85 and 0.19 to 0.59 on two hard victims, benchmarks/README.md.
+          (`refine`): catch rate 0.39 to 0.86 and 0.14 to 0.59 on two hard victims, docs/fidelity.md.
 exploit   Clusters that hold such windows get more images examined (`exploit`).
 """
 
