@@ -50,7 +50,7 @@ def test_photos_without_scikit_image_are_one_clear_line(monkeypatch):
     monkeypatch.setattr(
         demo.importlib.util, "find_spec", lambda name: None if name == "skimage" else find(name)
     )
-    with pytest.raises(ConfigError, match=r"needs scikit-image.*pip install 'pip install scikit-image'"):
+    with pytest.raises(ConfigError, match="needs scikit-image.*pip install scikit-image"):
         demo.embedded_photos()
 
 
