@@ -208,7 +208,7 @@ def test_missing_path():
 
 
 def test_empty_folder_says_what_it_saw(tmp_path):
-    with pytest.raises(NothingToScanError, match="holds no images, but no files at all$") as caught:
+    with pytest.raises(NothingToScanError, match="holds no images, and no other files$") as caught:
         open_source(tmp_path)
     assert caught.value.exit_code == 4
     touch(tmp_path, "a.txt", "b.txt", "c.csv", "noext")

@@ -32,7 +32,7 @@ from unpoison.scan.config import ScanConfig
         ({"alpha": 0.5}, "alpha=0.5: expected a false-alarm rate between 0 and 0.5"),
         ({"alpha": float("nan")}, "alpha=nan: expected a false-alarm rate"),
         ({"faithful": True, "masks": "grid"}, "faithful contradicts masks=grid"),
-        ({"faithful": True, "score": "directed"}, "faithful contradicts masks=None, score=directed"),
+        ({"faithful": True, "score": "directed"}, "faithful contradicts score=directed"),
         ({"faithful": True, "score": "concentrated"}, "random masks and the scores any or source"),
     ],
 )

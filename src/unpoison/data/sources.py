@@ -231,9 +231,9 @@ def _open_folder(folder: Path, follow_links: bool) -> ImageSource:
     if not found.images:
         seen = sum(found.others.values())
         kinds = [f"{count} {suffix or 'without extension'}" for suffix, count in found.others.most_common(4)]
-        detail = f"{seen} other files ({', '.join(kinds)})" if seen else "no files at all"
+        detail = f"but {seen} other files ({', '.join(kinds)})" if seen else "and no other files"
         raise NothingToScanError(
-            f"{shown(folder)} holds no images, but {detail}{_about_refused(found.refused, follow_links)}"
+            f"{shown(folder)} holds no images, {detail}{_about_refused(found.refused, follow_links)}"
         )
     return FileSource(
         location=str(folder),

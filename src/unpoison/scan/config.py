@@ -75,10 +75,12 @@ class ScanConfig:
             raise ConfigError(f"prune={self.prune}: expected a fraction between 0 and 1")
         if not 0 < self.alpha < 0.5:
             raise ConfigError(f"alpha={self.alpha}: expected a false-alarm rate between 0 and 0.5")
-        if self.faithful and (self.masks == "grid" or self.score in ("directed", "concentrated")):
+        contradicting = [f"masks={self.masks}"] if self.masks == "grid" else []
+        contradicting += [f"score={self.score}"] if self.score in ("directed", "concentrated") else []
+        if self.faithful and contradicting:
             raise ConfigError(
-                f"faithful contradicts masks={self.masks}, score={self.score}: the paper has random masks and the "
-                "scores any or source; drop one of them"
+                f"faithful contradicts {', '.join(contradicting)}: the paper has random masks and the scores any or "
+                "source; drop one of them"
             )
 
     def resolve(self, n_images: int, image_size: int) -> ScanConfig:
