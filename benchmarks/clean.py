@@ -1,6 +1,6 @@
 """The same scans where there is nothing to find: clean images, clean-trained encoder; never `poisoned`?
 
-python benchmarks/clean.py --seeds 0 1 2 3 4 --threads 1 [--cases cifar5 digits]
+python benchmarks/clean.py --seeds 0 1 2 3 4 --threads 1 [--cases cifar5 digits photos]
 """
 
 import sys
@@ -8,17 +8,21 @@ import sys
 import cifar5
 import common
 
-from unpoison.demo import DIGITS
+from unpoison.demo import DIGITS, PHOTOS
 
+SCANS = {name: common.SCANS[name] for name in ("mask", "gradcam")}
 CASES = (
-    common.Case(name="cifar5", data=cifar5.DATA, victim=cifar5.VICTIM, side=8, poisoned=False),
-    common.Case(
-        name="digits",
-        data=common.Data(folder="digits", size=32, classes=10, train=0, test=0),
-        victim=DIGITS.victim,
-        side=8,
-        poisoned=False,
-        scans={"mask": common.ScanConfig()},
+    common.Case(name="cifar5", data=cifar5.DATA, victim=cifar5.VICTIM, side=8, poisoned=False, scans=SCANS),
+    *(
+        common.Case(
+            name=name,
+            data=common.Data(folder=name, size=32, classes=10, train=0, test=0),
+            victim=demo.victim,
+            side=8,
+            poisoned=False,
+            scans={"mask": common.ScanConfig()},
+        )
+        for name, demo in (("digits", DIGITS), ("photos", PHOTOS))
     ),
 )
 

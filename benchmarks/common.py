@@ -9,10 +9,8 @@ another scan does not train them again. results/NAME.json is what is committed.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -26,10 +24,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
 import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
 
 from unpoison.attack.plan import Plan, Trigger  # noqa: E402
 from unpoison.attack.ssl_backdoor import PatchAttackConfig, make_triggers, poison  # noqa: E402
+from unpoison.benchmark.cells import machine as this_machine  # noqa: E402
+from unpoison.benchmark.cells import versions  # noqa: E402
+from unpoison.benchmark.images import Split, digest, first_of_each_class  # noqa: E402
 from unpoison.data.export import write_json_atomically  # noqa: E402
 from unpoison.data.labels import read_labels  # noqa: E402
 from unpoison.data.load import load_images  # noqa: E402
@@ -62,7 +62,8 @@ class Data:
     """The first `classes` classes of a data set, `train` and `test` images of each.
 
     Attributes:
-        folder: below UNPOISON_DATA, with `train-*` and `held_out-*` shards; or `digits`, which needs no folder.
+        folder: below UNPOISON_DATA, with `train-*` and `held_out-*` shards; or `digits` or `photos`, which need no
+            folder.
         size: side of the images, pixels.
     """
 
@@ -74,21 +75,14 @@ class Data:
     held_out: str = "test"
 
 
-@dataclass(frozen=True, eq=False)
-class Split:
-    images: ImageSet
-    labels: Tensor
-    class_names: tuple[str, ...]
-
-
 def data_root() -> Path:
     return Path(os.environ.get("UNPOISON_DATA", ROOT / ".." / "shared" / "data")).resolve()
 
 
 def load_split(data: Data, split: str) -> Split:
     """`train` or `test` images, class balanced, in the order of the shards."""
-    if data.folder == "digits":
-        return _digits(data, split)
+    if data.folder in ("digits", "photos"):
+        return _embedded(data.folder, split)
     folder = data_root() / data.folder
     if not folder.is_dir():
         raise MissingDataError(f"no real images at {folder}: set UNPOISON_DATA to their folder")
@@ -97,29 +91,32 @@ def load_split(data: Data, split: str) -> Split:
     source = source.select([id_ for id_ in source.ids if id_.startswith(shards)])
     labels = read_labels(source)
     most = data.train if split == "train" else data.test
-    left = dict.fromkeys(range(data.classes), most)
-    chosen = []
-    for id_ in source.ids:
-        label = labels.by_id[id_]
-        if left.get(label, 0):
-            left[label] -= 1
-            chosen.append(id_)
-    if any(left.values()):
+    chosen, lacking = first_of_each_class(source.ids, labels.by_id, range(data.classes), most)
+    if any(lacking.values()):
         raise MissingDataError(f"{folder} has fewer than {most} {split} images of some class")
     images = load_images(source.select(chosen), Geometry(data.size, data.size), workers=1)
     return Split(images, labels.of(images.ids), labels.class_names[: data.classes])
 
 
-def _digits(data: Data, split: str) -> Split:
-    from unpoison.demo import embedded_digits, split_rows
+def _embedded(name: str, split: str) -> Split:
+    from unpoison.demo import embedded_digits, embedded_photos, split_rows
 
-    images, labels, names = embedded_digits()
+    images, labels, names = embedded_digits() if name == "digits" else embedded_photos()
     train, test = split_rows(images.ids, labels)
     rows = train if split == "train" else test
     return Split(images.select(rows), labels[rows], names)
 
 
 # ── one victim ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+SCANS = {
+    "mask": ScanConfig(),
+    "gradcam": ScanConfig(attention="gradcam"),
+    # The published scores, without the vote and the second look: what either attention finds by itself.
+    "mask, any": ScanConfig(score="any"),
+    "gradcam, source": ScanConfig(method="patchsearch", score="source"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,9 +136,7 @@ class Case:
     side: int
     rate: float = 1.0
     resample: str = "nearest"
-    scans: Mapping[str, ScanConfig] = field(
-        default_factory=lambda: {"mask": ScanConfig(), "gradcam": ScanConfig(attention="gradcam")}
-    )
+    scans: Mapping[str, ScanConfig] = field(default_factory=lambda: SCANS)
     poisoned: bool = True
 
 
@@ -390,41 +385,9 @@ def write_results(name: str, path: Path) -> None:
     write_json_atomically(RESULTS / f"{name}.json", value)
 
 
-def digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:20]
-
-
 def machine(options: argparse.Namespace) -> Row:
-    name = "unknown"
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "cpu": name,
-        "cores": os.cpu_count(),
-        "gpu": gpu,
-        "threads": options.threads,
-        "device": options.device,
-        "load": round(os.getloadavg()[0], 1),
-    }
-
-
-def versions() -> Row:
-    import numpy
-    import timm
-
-    import unpoison
-
-    return {
-        "unpoison": unpoison.__version__,
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "timm": timm.__version__,
-        "numpy": numpy.__version__,
-    }
+    about = this_machine(options.device)
+    return {**about, "threads": options.threads, "load": round(os.getloadavg()[0], 1)}
 
 
 def say(line: str) -> None:

@@ -53,6 +53,7 @@ def fake_result(
                 [0.99 if row < found else 0.01 for row in rows] + none, dtype="Float64"
             ),
             "flagged": [row < found for row in rows] + [False] * len(skipped),
+            "trigger": pd.array([1 if row < found else None for row in rows] + none, dtype="Int64"),
             "skip_reason": [None] * n_images + list(skipped.values()),
         }
     )
@@ -95,7 +96,9 @@ def fake_result(
                 "flip_rate": 0.714,
                 "control_rate": 0.018,
                 "n_sources": n_flagged,
+                "n_flagged": found,
                 "image": trigger.image,
+                "list": "triggers/trigger-1.txt",
                 "n_confirmation": 500,
             }
             for trigger in triggers

@@ -17,14 +17,14 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "unpoison"
 VERBS = ("attack", "pretrain", "scan", "audit", "repair", "evaluate")
 LAYERS = [
-    {"errors"},
+    {"errors", "callable_package"},
     {"records", "runtime"},
     {"functional"},
     {"data", "encoders"},
     set(VERBS),
     {"report", "runs"},
     {"pipeline"},
-    {"demo"},
+    {"demo", "benchmark"},
     {"cli"},
     {"__init__", "__main__"},
 ]
@@ -32,9 +32,14 @@ LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 
 # Who may know the truth: labels and the answer key of an attack.
 TRUTH = ("data.labels", "evaluate.truth", "attack.plan")
-KNOWS_TRUTH = ("evaluate", "attack", "demo", "cli")
+KNOWS_TRUTH = ("evaluate", "attack", "demo", "benchmark", "cli")
 # The one verb that may look into another: it measures against the plan, and runs whole benchmarks.
-ACROSS = {("evaluate", "attack.plan"), ("evaluate", "attack.ssl_backdoor.paste_everywhere")}
+# And the one that trains, with the only training loop there is.
+ACROSS = {
+    ("evaluate", "attack.plan"),
+    ("evaluate", "attack.ssl_backdoor.paste_everywhere"),
+    ("repair", "pretrain.loop"),
+}
 ACROSS_ANYTHING = ("evaluate.benchmark",)
 
 UNPICKLERS = ("pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal")

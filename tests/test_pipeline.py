@@ -12,7 +12,7 @@ import pandas
 import pytest
 import torch
 
-from toys import planted_encoder, planted_images
+from toys import planted_encoder, planted_images, planted_patterns
 from unpoison import pipeline
 from unpoison.errors import ConfigError, NothingToScanError
 from unpoison.pretrain.loop import PretrainConfig
@@ -22,7 +22,9 @@ from unpoison.scan.config import ScanConfig
 from unpoison.scan.poison_classifier import ClassifierConfig
 
 CONFIG = ScanConfig(clusters=10, n_flips=24, exploit=30)
-COLUMNS = "id cluster scored poison_score box_x box_y box_w box_h poison_probability flagged skip_reason"
+COLUMNS = (
+    "id cluster scored poison_score box_x box_y box_w box_h poison_probability flagged trigger skip_reason"
+)
 FILES = "run.json verdict.json findings.parquet clean.txt flagged.txt evidence.safetensors report.html"
 UNREADABLE = Skipped("unreadable.png", "the file is empty")
 
@@ -84,8 +86,7 @@ def test_poison_is_found_ranked_and_flagged(monkeypatch: pytest.MonkeyPatch) -> 
         partial(ClassifierConfig, networks=1, iterations=150, width=8, batch_size=32),
     )
     images, boxes = planted_images(400, 40, torch.Generator().manual_seed(0))
-    # Masks of 11 pixels, 5 apart, can place a window around a trigger of 8 wherever it lies; wider steps cannot always.
-    config = dataclasses.replace(CONFIG, clusters=25, window=11, exploit=60)
+    config = dataclasses.replace(CONFIG, clusters=25, exploit=60)
     result = pipeline.scan(images, planted_encoder(), config=config)
 
     assert result.verdict == "poisoned" == result.summary["verdict"] and len(result.triggers) >= 1
@@ -97,9 +98,64 @@ def test_poison_is_found_ranked_and_flagged(monkeypatch: pytest.MonkeyPatch) -> 
     assert trigger.p_value < 1e-10 and trigger.flip_rate > 0.9 > 0.1 > trigger.control_rate
     assert trigger.n_sources == len(trigger.source_ids) == len(trigger.boxes) == len(trigger.patches)
     assert set(trigger.source_ids) <= boxes.keys() and set(trigger.source_ids) <= set(result.flagged)
-    # Every window holds the whole trigger: a catch rate of 1.
+
+
+@pytest.mark.parametrize("window", [8, 9, 11])
+def test_every_window_holds_the_whole_trigger(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A catch rate of 1, also where masks half a window apart frame no trigger exactly."""
+    images, boxes = planted_images(400, 40, torch.Generator().manual_seed(0))
+    monkeypatch.setattr(pipeline, "train_poison_classifier", lambda *_, **__: AllKnowing(images, boxes))
+    config = dataclasses.replace(CONFIG, clusters=25, window=window, exploit=60)
+    result = pipeline.scan(images, planted_encoder(), config=config)
+    trigger = result.triggers[0]
+    assert trigger.n_sources >= 15
     for name, box in zip(trigger.source_ids, trigger.boxes, strict=True):
         assert box.intersection(boxes[name]) == boxes[name].area
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_each_trigger_is_a_finding_of_its_own(
+    count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several triggers, each on another kind of images: as many findings, targets, sources, pictures and lists."""
+    patterns = planted_patterns(count)
+    images, boxes = planted_images(160, 16, torch.Generator().manual_seed(0), pattern=patterns)
+    kind = {name: images.ids.index(name) % 8 for name in boxes}
+    monkeypatch.setattr(pipeline, "train_poison_classifier", lambda *_, **__: AllKnowing(images, boxes))
+    config = ScanConfig(clusters=12, window=11, n_flips=12, exploit=40)
+    result = pipeline.scan(images, planted_encoder(patterns), config=config, out=tmp_path)
+
+    assert result.verdict == "poisoned" and len(result.triggers) == count
+    carried = [{kind[name] for name in trigger.source_ids} for trigger in result.triggers]
+    assert sorted(kinds.pop() for kinds in carried if len(kinds) == 1) == list(range(count))
+    targets = [set(trigger.target_clusters) for trigger in result.triggers]
+    assert sum(map(len, targets)) == len(set().union(*targets))  # no cluster is the target of two
+    by_id = result.to_pandas()
+    assert by_id["trigger"].notna().equals(by_id["flagged"]) and set(result.flagged) >= boxes.keys()
+    for number, (trigger, said) in enumerate(
+        zip(result.triggers, result.summary["triggers"], strict=True), start=1
+    ):
+        assert trigger.flip_rate > 0.8 and trigger.p_value < 1e-6
+        listed = (tmp_path / said["list"]).read_text().splitlines()
+        assert len(listed) == said["n_flagged"] and set(trigger.source_ids) <= set(listed)
+        # Also those that no window was cut from: each image is listed under the trigger that it carries.
+        own = {kind[name] for name in trigger.source_ids}
+        assert set(listed) == {name for name in boxes if kind[name] in own}
+        assert (tmp_path / said["image"]).is_file() and said["image"] == f"triggers/trigger-{number}.png"
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert f"{count} planted triggers were confirmed" in page and f"triggers/trigger-{count}.txt" in page
+
+
+class AllKnowing:
+    """A classifier that is always right."""
+
+    threshold = 0.5
+
+    def __init__(self, images: ImageSet, boxes: dict[str, Box]) -> None:
+        self.answer = torch.tensor([float(name in boxes) for name in images.ids])
+
+    def probability(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.answer
 
 
 def test_without_the_backdoor_there_is_no_evidence(poisoned: tuple[ImageSet, dict[str, Box]]) -> None:
@@ -231,7 +287,7 @@ def test_a_run_that_is_stopped_again_and_again_ends_like_one_that_was_not(
     assert saved["stages"].keys() == reference.result.summary["stages"].keys()
 
     assert {p.name for p in out.iterdir()} == {*FILES.split(), "cache", "triggers"}
-    assert [p.name for p in (out / "triggers").iterdir()] == ["trigger-1.png"]
+    assert sorted(p.name for p in (out / "triggers").iterdir()) == ["trigger-1.png", "trigger-1.txt"]
     clean, flagged = ((out / name).read_text().splitlines() for name in ("clean.txt", "flagged.txt"))
     assert flagged == list(reference.result.flagged)
     assert sorted([*clean, *flagged, UNREADABLE.id]) == sorted([*images.ids, UNREADABLE.id])

@@ -57,3 +57,13 @@ def test_it_answers_without_torch_and_fast(command):
     assert time.perf_counter() - started < 3  # 0.2 s on an idle machine
     modules = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
     assert not {"torch", "numpy", "pandas", "PIL", "pyarrow", "jinja2"} & modules
+
+
+@pytest.mark.parametrize("first", ["from unpoison import ScanConfig", "import unpoison.scan.search", "pass"])
+@pytest.mark.parametrize("verb", ["scan", "pretrain"])
+def test_a_function_that_shares_its_name_with_a_package_can_always_be_called(first: str, verb: str) -> None:
+    code = (
+        f"{first}\nimport unpoison\ntry:\n    unpoison.{verb}()\nexcept TypeError as error:\n    print(error)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert f"{verb}() missing" in ran.stdout

@@ -200,7 +200,6 @@ def test_fresh_removes_what_runs_write_and_nothing_else(tmp_path: Path) -> None:
     run = RunFolder(folder, SETTINGS)
     Work().on(run)
     run.save(fake_result())
-    (folder / "triggers").mkdir()
     (folder / "triggers" / "trigger-1.png").write_bytes(b"png")
     (folder / "report.html").write_text("report")
     (folder / "encoder.safetensors").write_bytes(b"weights")
@@ -274,6 +273,7 @@ def test_lists_hold_each_readable_image_once(tmp_path: Path) -> None:
         (tmp_path / "run" / name).read_text().splitlines() for name in ("clean.txt", "flagged.txt")
     )
     assert flagged == list(result.flagged)
+    assert (tmp_path / "run/triggers/trigger-1.txt").read_text().splitlines() == flagged
     assert sorted(clean + flagged + ["broken.png"]) == sorted(result.findings["id"])
 
 
@@ -288,7 +288,14 @@ def test_the_verdict_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyP
     run = RunFolder(tmp_path / "run", SETTINGS)
     monkeypatch.setattr(runs, "write_json_atomically", watched)
     run.save(fake_result())
-    everything = {"findings.parquet", "clean.txt", "flagged.txt", "evidence.safetensors", "run.json", "cache"}
+    everything = {
+        "findings.parquet",
+        "clean.txt",
+        "flagged.txt",
+        "evidence.safetensors",
+        "run.json",
+        "cache",
+    } | {"triggers"}
     assert there["verdict.json"] == everything
 
 

@@ -8,6 +8,7 @@
     → poison scores                        pasted elsewhere, does the window move other images too?
     → verdict                              confirmed on images the search never saw, against shuffled controls
     → flagged, clean.txt, report.html      only when the verdict is "poisoned"
+    → clean("images/", "run", "cleaned")   the images that are left, copied and compared
 
 In short: ``unpoison.scan("images/", encoder="timm:resnet18", out="run").verdict``. Importing this module does no work.
 """
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from unpoison.pipeline import scan
     from unpoison.pretrain.loop import PretrainConfig, TrainedEncoder, pretrain
     from unpoison.records import Box, Geometry, ImageSet, ScanResult, Skipped, TriggerFinding
+    from unpoison.repair.filtering import Cleaned, clean
     from unpoison.runs import load_result as load
     from unpoison.scan.config import ScanConfig
 
@@ -42,6 +44,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Box",
     "CheckpointError",
+    "Cleaned",
     "ConfigError",
     "DataError",
     "Encoder",
@@ -59,6 +62,7 @@ __all__ = [
     "TriggerFinding",
     "UnpoisonError",
     "__version__",
+    "clean",
     "load",
     "load_encoder",
     "load_images",
@@ -85,6 +89,7 @@ _HOMES = {
     "pipeline": ("scan",),
     "pretrain.loop": ("PretrainConfig", "TrainedEncoder", "pretrain"),
     "records": ("Box", "Geometry", "ImageSet", "ScanResult", "Skipped", "TriggerFinding"),
+    "repair.filtering": ("Cleaned", "clean"),
     "runs": ("load_result",),
     "scan.config": ("ScanConfig",),
 }

@@ -231,7 +231,8 @@ def _conclude(
     verdict, reason = _judge(
         bench.images, finalists, confirmations, bool(triggers), config.alpha, min_coverage
     )
-    findings = _findings(bench, clusters, search, triggers, probability, threshold)
+    carried = _carried(features, clusters, triggers)
+    findings = _findings(bench, clusters, search, triggers, carried, probability, threshold)
     evidence = _evidence(bench, search)
     summary = _summary(bench, search, verdict, reason, findings, triggers, accepted, confirmations, started)
     result = ScanResult(verdict, findings, triggers, evidence, summary)
@@ -546,11 +547,27 @@ def _trigger(bench: _Bench, search: _Search, finalist: Finalist, said: Confirmat
     )
 
 
+def _carried(features: Features, clusters: Clusters, triggers: tuple[TriggerFinding, ...]) -> Tensor:
+    """The trigger of each image, if it carries one: (N,) int64 from 1. Poison lives where its trigger leads."""
+    if not triggers:
+        return torch.zeros(len(features.ids), dtype=torch.int64)
+    nearness = [
+        (features.values @ clusters.centroids[list(trigger.target_clusters)].T).amax(dim=1)
+        for trigger in triggers
+    ]
+    carried = torch.stack(nearness).argmax(dim=0) + 1
+    row_of = {id_: row for row, id_ in enumerate(features.ids)}
+    for number, trigger in enumerate(triggers, start=1):
+        carried[[row_of[source] for source in trigger.source_ids]] = number
+    return carried
+
+
 def _findings(
     bench: _Bench,
     clusters: Clusters,
     search: _Search,
     triggers: tuple[TriggerFinding, ...],
+    carried: Tensor,
     probability: Tensor | None,
     threshold: float,
 ) -> pandas.DataFrame:
@@ -577,6 +594,7 @@ def _findings(
     else:
         table["poison_probability"] = probability.double().numpy()
         table["flagged"] = (table["poison_probability"] > threshold) | table["id"].isin(sources)
+    table["trigger"] = pandas.Series(carried.numpy(), dtype="Int32").where(table["flagged"])
     table["skip_reason"] = None
     skipped = pandas.DataFrame(
         {"id": [s.id for s in images.skipped], "skip_reason": [s.reason for s in images.skipped]}
@@ -595,6 +613,7 @@ def _findings(
             "box_h": "Int32",
             "poison_probability": float,
             "flagged": bool,
+            "trigger": "Int32",
             "skip_reason": "string",  # not str, which would make a word of None before pandas 3
         }
     )
@@ -653,7 +672,9 @@ def _summary(
                 "p_value": trigger.p_value,
                 "n_sources": trigger.n_sources,
                 "n_confirmation": said.n_images,
+                "n_flagged": int((findings["trigger"] == number).sum()),
                 "image": f"triggers/trigger-{number}.png",
+                "list": f"triggers/trigger-{number}.txt",
             }
             for number, (trigger, (_, said)) in enumerate(zip(triggers, accepted, strict=True), start=1)
         ],

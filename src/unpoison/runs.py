@@ -184,6 +184,9 @@ class RunFolder(Stages):
         kept = findings.loc[~findings["flagged"] & findings["skip_reason"].isna(), "id"]
         write_lines_atomically(self.path / "clean.txt", kept)
         write_lines_atomically(self.path / "flagged.txt", result.flagged)
+        for number in range(1, len(result.triggers) + 1):
+            carriers = findings.loc[findings["trigger"] == number, "id"]
+            write_lines_atomically(self.path / "triggers" / f"trigger-{number}.txt", carriers)
         tensors = {"pixels": result.evidence.pixels, "attention": result.evidence.attention}
         for number, trigger in enumerate(result.triggers):
             tensors[f"patches-{number}"] = trigger.patches

@@ -227,6 +227,10 @@ def test_labels_must_fit_the_images() -> None:
     [
         ({"targets": ("cat", "dog")}, "2 targets and 1 triggers: expected as many of one as of the other"),
         ({"targets": (), "triggers": ()}, "0 targets and 0 triggers"),
+        (
+            {"targets": ("cat", "dog"), "triggers": ("seed:1", "seed:1")},
+            "trigger 'seed:1' has several targets, and could lead to one only: expected a trigger of its own",
+        ),
         ({"rate": 0.0}, r"rate=0.0: expected a fraction in \(0, 1\]"),
         ({"rate": 1.5}, r"rate=1.5: expected a fraction in \(0, 1\]"),
         ({"rate": float("nan")}, r"rate=nan: expected a fraction in \(0, 1\]"),

@@ -92,7 +92,7 @@ def test_one_case_from_images_to_numbers(shapes, kept, monkeypatch):
     assert row["n_images"] == 24 and row["n_poisoned"] == 12 and row["target"] == "cat"
     assert set(row["victim"]["linear"]) == set(row["control"]["knn"])
     assert 0 <= row["scans"]["mask"]["top10"] <= 1 and row["machine"]["threads"] == 1
-    assert scanned == [(None, 24, False), ("gradcam", 24, False)]
+    assert scanned == [(scan.attention, 24, False) for scan in common.SCANS.values()]
     assert "(" in common.victim_table(results(kept))
     # Both encoders are kept: the second run trains nothing.
     monkeypatch.setattr(common, "pretrain", None)

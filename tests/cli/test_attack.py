@@ -1,5 +1,7 @@
 import json
 
+import pytest
+
 from unpoison.attack.plan import read_plan
 
 
@@ -25,6 +27,47 @@ def test_pairs_are_repeated_options(run, image_folder, tmp_path):
         ("seed:2", "dog"),
     ]
     assert "2 of 3 images of class cat carry seed:1" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        (
+            ("cat", "seed:1", "dog", "seed:1"),
+            "trigger 'seed:1' has several targets, and could lead to one only",
+        ),
+        (("cat", "seed:1", "owl", "seed:2"), "target 'owl' is no class of this data set; it has cat, dog"),
+        (("cat", "seed:1", "cat", "seed:2"), "the triggers before it left 0 of 3; lower --rate"),
+        (("cat", "seed:1", "dog", "nope.png"), "trigger 'nope.png': expected seed:N or the path of an image"),
+    ],
+)
+def test_wrong_pairs_are_one_line_and_write_nothing(run, image_folder, tmp_path, pairs, message):
+    options = [
+        word
+        for name, value in zip(("--target", "--trigger") * 2, pairs, strict=True)
+        for word in (name, value)
+    ]
+    done = run(
+        "attack",
+        "patch",
+        image_folder,
+        "--out",
+        tmp_path / "p",
+        *options,
+        "--size",
+        4,
+        "--rate",
+        1,
+        "--quiet",
+    )
+    assert done.exit_code == 2 and message in done.stderr and done.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+
+
+def test_one_trigger_at_a_time_is_pasted_on_everything(run, image_folder, tmp_path):
+    pairs = ("--target", "cat", "--trigger", "seed:1", "--target", "dog", "--trigger", "seed:2")
+    done = run("attack", "patch", image_folder, "--out", tmp_path / "p", *pairs, "--size", 4, "--all")
+    assert done.exit_code == 2 and "run once per trigger" in done.stderr
 
 
 def test_all_pastes_on_every_image(run, image_folder, tmp_path):

@@ -52,6 +52,21 @@ def test_a_plan_names_triggers_and_judges_a_scan(run, encoder, image_folder, tmp
     assert "recall" in run("evaluate", *arguments, "--run", tmp_path / "run").stdout
 
 
+def test_every_pair_of_a_plan_is_measured(run, encoder, image_folder, tmp_path):
+    poisoned = tmp_path / "poisoned"
+    pairs = ["--target", "cat", "--trigger", "seed:1", "--target", "dog", "--trigger", "seed:2"]
+    pairs += ["--target", "cat", "--trigger", "seed:3"]
+    done = run("attack", "patch", image_folder, "--out", poisoned, *pairs, "--size", 4, "--rate", 0.3)
+    assert done.exit_code == 0, done.output
+    arguments = ("enc", "--train", image_folder, "--test", image_folder, "--plan", poisoned / "plan.json")
+    value = json.loads(run("evaluate", *arguments, "--json").stdout)
+    for probe in value["probes"]:
+        named = [(attack["trigger"], attack["target_name"]) for attack in probe["attacks"]]
+        assert named == [("seed:1", "cat"), ("seed:2", "dog"), ("seed:3", "cat")]
+    table = run("evaluate", *arguments).stdout
+    assert all(pair in table for pair in ("seed:1 → cat", "seed:2 → dog", "seed:3 → cat"))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -19,11 +19,13 @@ from unpoison.errors import (
 SOURCE = Path(unpoison.__file__).parents[1]
 
 
-@pytest.mark.parametrize("verb", [*([v] for v in main.VERBS), ["attack", "patch"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "verb", [*([v] for v in main.VERBS), ["attack", "patch"], ["repair", "retrain"]], ids=" ".join
+)
 def test_every_verb_explains_itself_with_examples(run, verb):
     done = run(*verb, "--help")
     assert done.exit_code == 0
-    if verb != ["attack"]:
+    if verb not in (["attack"], ["repair"]):
         assert done.output.count("Example: unpoison") == 2
         for option in ("--seed", "--device", "--json", "--quiet"):
             assert option in done.output
@@ -117,4 +119,7 @@ def test_the_module_runs_as_a_program():
         env=os.environ | {"PYTHONPATH": str(SOURCE)},
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "unpoison: error: schema 'nothing': expected verdict or findings or plan\n"
+    assert (
+        done.stderr
+        == "unpoison: error: schema 'nothing': expected verdict or findings or plan or benchmark\n"
+    )

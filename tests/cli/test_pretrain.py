@@ -31,9 +31,29 @@ def test_only_listed_images_are_used(run, image_folder, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("method", "arch"), [("moco-v3", "vit_tiny"), ("byol", "resnet10"), ("byol", "vit_tiny")]
+)
+def test_an_encoder_of_each_kind_serves_a_scan(run, picture, tmp_path, method, arch):
+    images, out = tmp_path / "images", tmp_path / "encoder.safetensors"
+    images.mkdir()
+    for number in range(60):
+        picture(number, 16, 16).save(images / f"{number:02}.png")
+    own = () if method == "moco-v3" else ("--arch", arch)
+    options = ("--epochs", 1, "--batch-size", 20, "--width", 4, "--image-size", 16, *own)
+    done = run("pretrain", method, images, "--out", out, *options, "--json")
+    assert json.loads(done.stdout)["arch"] == arch, done.output
+    for attention in ("mask", "gradcam"):
+        options = ("--attention", attention, "--clusters", 4, "--precision", "fp32", "--json")
+        done = run("scan", images, "--encoder", out, "--out", tmp_path / attention, *options)
+        value = json.loads(done.stdout)
+        assert value["n_scored"] > 0 and value["config"]["attention"] == attention, done.output
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("byol",), "method 'byol': expected moco-v2 or simclr"),
+        (("dino",), "method 'dino': expected moco-v2 or simclr or moco-v3 or byol"),
+        (("moco-v3", "--image-size", "18"), "image_size=18: vit_tiny cuts it into patches of 4 pixels"),
         (("simclr", "--epochs", "0"), "epochs=0: expected a larger whole number"),
         (("simclr", "--out", "encoder.pth"), "expected a name that ends in .safetensors"),
     ],

@@ -72,9 +72,8 @@ def test_every_option_reaches_the_scan(run, scanning, image_folder, tmp_path):
     calls = scanning(fake_result())
     only = tmp_path / "only.txt"
     only.write_text("cat/0.png\n")
-    options = (
-        "--clusters 30 --window 9 --masks random --n-masks 64 --attention gradcam --score any --top-k 10"
-    )
+    options = "--clusters 30 --window 9 --masks blocks --n-masks 64 --patches 3 --attention gradcam"
+    options += " --score any --top-k 10"
     options += (
         " --alpha 0.05 --method patchsearch --root r --follow-links --limit 5 --min-coverage 0.5 --fresh"
     )
@@ -86,8 +85,9 @@ def test_every_option_reaches_the_scan(run, scanning, image_folder, tmp_path):
         method="patchsearch",
         clusters=30,
         window=9,
-        masks="random",
+        masks="blocks",
         n_masks=64,
+        patches=3,
         attention="gradcam",
         score="any",
         top_k=10,

@@ -13,4 +13,7 @@ def test_a_schema_is_printed_as_json(run, name):
 
 def test_an_unknown_name_is_wrong_usage(run):
     done = run("schema", "report")
-    assert done.exit_code == 2 and "schema 'report': expected verdict or findings or plan" in done.stderr
+    assert (
+        done.exit_code == 2
+        and "schema 'report': expected verdict or findings or plan or benchmark" in done.stderr
+    )

@@ -143,13 +143,109 @@ def test_output_folders_in_use_are_refused(image_folder, tmp_path):
     assert set(everything(tmp_path / "empty")) == set(KEEP)
 
 
-def test_what_a_killed_run_left_is_no_obstacle(image_folder, tmp_path):
-    left = tmp_path / f"out.partial-{os.getpid()}"
-    left.mkdir()
-    (left / "half.png").touch()
-    clean_copy(open_source(image_folder), KEEP, tmp_path / "out")
+class Killed(BaseException):
+    """What no handler of errors sees."""
+
+
+def kill_at(stage: str, times: int):
+    def progress(name: str, done: int, total: int) -> None:
+        if name == stage and done == times:
+            raise Killed
+
+    return progress
+
+
+def test_a_killed_copy_leaves_nothing_under_its_name_and_goes_on(image_folder, tmp_path, monkeypatch):
+    source = open_source(image_folder)
+    with pytest.raises(Killed):
+        clean_copy(source, KEEP, tmp_path / "out", progress=kill_at("copy images", 1))
+    assert not (tmp_path / "out").exists()
+    (partial,) = tmp_path.glob(".out.partial-*")
+    (partial / KEEP[1]).parent.mkdir(parents=True)
+    (partial / KEEP[1]).write_bytes(b"cut short")
+    copied = []
+    copy = export.shutil.copyfile
+    monkeypatch.setattr(export.shutil, "copyfile", lambda *paths: (copied.append(paths[0]), copy(*paths)))
+    result = clean_copy(source, KEEP, tmp_path / "out")
+    assert copied == [image_folder / KEEP[1]] and result.copied == 2
+    assert everything(tmp_path / "out") == {id: (image_folder / id).read_bytes() for id in KEEP}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "out"]
+
+
+def test_what_another_copy_left_is_removed_and_other_folders_are_not(image_folder, tmp_path):
+    source = open_source(image_folder)
+    with pytest.raises(Killed):
+        clean_copy(source, KEEP[:1], tmp_path / "out", progress=kill_at("compare with the original", 1))
+    (tmp_path / ".out.partial-mine").mkdir()
+    clean_copy(source, KEEP, tmp_path / "out")
     assert set(everything(tmp_path / "out")) == set(KEEP)
-    assert not left.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.partial-mine", "images", "out"]
+
+
+def test_a_killed_copy_of_shards_goes_on(tmp_path, monkeypatch):
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    (tmp_path / "in").mkdir()
+    for shard in ("a.parquet", "b.parquet"):
+        images = pa.array([{"bytes": f"{shard}{row}".encode(), "path": None} for row in range(9)], kind)
+        pq.write_table(pa.table({"image": images, "x": [float("nan")] * 9}), tmp_path / "in" / shard)
+    keep = ["a.parquet:1", "b.parquet:2", "b.parquet:8"]
+    with pytest.raises(Killed):
+        clean_copy(open_source(tmp_path / "in"), keep, tmp_path / "out", progress=kill_at("copy images", 1))
+    (partial,) = tmp_path.glob(".out.partial-*")
+    assert [path.name for path in partial.iterdir()] == ["a.parquet"]
+    (partial / ".b.parquet.unfinished").write_bytes(b"half")
+    before = (partial / "a.parquet").stat().st_mtime_ns
+    clean_copy(open_source(tmp_path / "in"), keep, tmp_path / "out")
+    assert sorted(everything(tmp_path / "out")) == ["a.parquet", "b.parquet"]
+    assert (tmp_path / "out/a.parquet").stat().st_mtime_ns == before
+    assert len(pq.read_table(tmp_path / "out/b.parquet")) == 2
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(image_folder, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"out=.*file/out cannot be written: .*; name another folder"):
+        clean_copy(open_source(image_folder), KEEP, tmp_path / "file/out")
+
+
+def test_the_folders_of_listed_images_are_the_source(image_folder, tmp_path):
+    listing = tmp_path / "list.txt"
+    listing.write_text("images/cat/0.png\nimages/dog/2.png\n")
+    source = open_source(listing)
+    with pytest.raises(ConfigError, match=r"lies inside the source .*cat, which is never changed"):
+        clean_copy(source, ["images/cat/0.png"], tmp_path / "images/cat/out")
+    clean_copy(source, ["images/cat/0.png"], tmp_path / "out")
+    assert list(everything(tmp_path / "out")) == ["images/cat/0.png"]
+
+
+def test_a_label_that_differs_from_the_original_is_noticed(tmp_path, monkeypatch):
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    images = pa.array([{"bytes": bytes([row]), "path": None} for row in range(4)], kind)
+    (tmp_path / "p").mkdir()
+    pq.write_table(pa.table({"image": images, "label": [0, 1, 2, 3]}), tmp_path / "p/x.parquet")
+    (tmp_path / "t").mkdir()
+    with tarfile.open(tmp_path / "t/x.tar", "w") as archive:
+        for name, data in (("1.png", b"one"), ("1.cls", b"0")):
+            header = tarfile.TarInfo(name)
+            header.size = len(data)
+            archive.addfile(header, io.BytesIO(data))
+
+    def spoil(stage: str, done: int, total: int) -> None:
+        (partial,) = tmp_path.glob(".out.partial-*")
+        if stage != "copy images":
+            return
+        for path in partial.glob("*.parquet"):
+            table = pq.read_table(path)
+            pq.write_table(table.set_column(1, "label", pa.array([7] * len(table))), path)
+        for path in partial.glob("*.tar"):
+            path.write_bytes(path.read_bytes().replace(b"0" + bytes(511), b"9" + bytes(511)))
+
+    for folder, keep, message in (
+        ("p", "x.parquet:2", "x.parquet: a column of the copy differs from the original"),
+        ("t", "x.tar:1.png", "1.cls in the copy differs from the original"),
+    ):
+        with pytest.raises(DataError, match=f"{message}; nothing was written"):
+            clean_copy(open_source(tmp_path / folder), [keep], tmp_path / "out", progress=spoil)
+        assert not list(tmp_path.glob("*out*"))
 
 
 def test_what_cannot_be_kept(image_folder, tmp_path):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import colorsys
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from unpoison.data import views
-from unpoison.data.views import ViewConfig, random_views
+from unpoison.data.views import ViewConfig, random_views, recolour
 from unpoison.errors import ConfigError
 
 STILL = ViewConfig(crop=1.0, flip=False, jitter=(0, 0, 0, 0))
@@ -76,6 +77,17 @@ def test_no_augmentation_is_the_image_itself_up_to_the_aspect_ratio() -> None:
     assert (seen - images).abs().mean() < 0.06
     flat = torch.full((4, 3, 16, 16), 0.3)
     torch.testing.assert_close(random_views(flat, STILL, generator=generator()), flat)
+
+
+def test_solarisation_inverts_the_bright_half_of_as_many_images_as_asked_for() -> None:
+    ramp = torch.linspace(0, 1, 16).expand(400, 3, 16, 16).contiguous()
+    still = replace(STILL, solarise_probability=0.5)
+    seen = recolour(ramp, still, generator=generator())
+    inverted = torch.where(ramp * 255 >= 128, 1 - ramp, ramp)
+    changed = (seen != ramp).flatten(1).any(dim=1)
+    torch.testing.assert_close(seen[changed], inverted[changed])
+    assert 0.4 < changed.float().mean() < 0.6
+    assert torch.equal(recolour(ramp, STILL, generator=generator()), ramp)
 
 
 def test_half_of_the_images_are_mirrored() -> None:
@@ -196,7 +208,7 @@ def test_settings_out_of_range_are_refused() -> None:
             ConfigError, match=r"expected three strengths in \[0, 1\] and a hue in \[0, 0.5\]"
         ):
             ViewConfig(jitter=jitter)
-    for name in ("jitter_probability", "grey_probability", "blur_probability"):
+    for name in ("jitter_probability", "grey_probability", "blur_probability", "solarise_probability"):
         with pytest.raises(ConfigError, match=rf"{name}=1.1: expected a probability in \[0, 1\]"):
             ViewConfig(**{name: 1.1})
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from unpoison.encoders.backbones import Architecture, build_backbone
 from unpoison.errors import ConfigError
+from unpoison.runtime import seeded
 
 
 @pytest.mark.parametrize(
@@ -52,6 +53,48 @@ def test_timm_networks_are_built_for_the_image_size() -> None:
     assert network.pos_embed.shape == (1, 5, 192)
     convolutional = build_backbone(Architecture(name="resnet10t", image_size=32)).eval()
     assert convolutional(torch.zeros(1, 3, 32, 32)).shape == (1, 512)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "width", "patch", "features", "heads"),
+    [
+        ("vit_tiny", 16, 4, 4, 16, 1),
+        ("vit_tiny", 32, 32, 4, 128, 4),
+        ("vit_tiny", 48, 25, 4, 100, 1),
+        ("vit_tiny", 64, 64, 8, 256, 8),
+        ("vit_tiny", 96, 32, 16, 128, 4),
+        ("vit_small", 224, 32, 16, 384, 12),
+        ("vit_base", 224, 32, 16, 768, 12),
+    ],
+)
+def test_the_vits_have_their_patches_and_sizes(
+    name: str, size: int, width: int, patch: int, features: int, heads: int
+) -> None:
+    with torch.device("meta"):
+        network = build_backbone(Architecture(name=name, image_size=size, width=width))
+        assert network(torch.zeros(2, 3, size, size)).shape == (2, features)
+    assert network.patch_embed.patch_size == (patch, patch)
+    assert network.pos_embed.shape == (1, (size // patch) ** 2 + 1, features)
+    assert network.blocks[0].attn.num_heads == heads
+
+
+def test_a_vit_needs_images_that_its_patches_fill() -> None:
+    with pytest.raises(
+        ConfigError, match="image_size=50: vit_tiny cuts it into patches of 8 pixels; use a mult"
+    ):
+        build_backbone(Architecture(name="vit_tiny", image_size=50))
+
+
+def test_both_attention_kernels_give_the_same_features() -> None:
+    with seeded(0, "vit"):
+        network = build_backbone(Architecture(name="vit_tiny", image_size=16, width=8)).eval()
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    plain = network(images)
+    assert not network.blocks[0].attn.fused_attn
+    for block in network.blocks:
+        block.attn._forward_pre_hooks.clear()
+        block.attn.fused_attn = True
+    torch.testing.assert_close(network(images), plain)
 
 
 @pytest.mark.parametrize("name", ["resnet19", "hf-hub:someone/something", "../resnet18", ""])

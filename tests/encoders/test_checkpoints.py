@@ -25,8 +25,8 @@ from unpoison.encoders.backbones import Architecture, build_backbone
 from unpoison.encoders.checkpoints import ENCODER_SCHEMA, as_encoder, load_encoder, save_encoder
 from unpoison.encoders.encoder import Encoder, Preprocessing
 from unpoison.errors import CheckpointError, ConfigError
-from unpoison.pretrain.loop import PretrainConfig, TrainedEncoder
-from unpoison.records import Geometry
+from unpoison.pretrain.loop import PretrainConfig, TrainedEncoder, pretrain
+from unpoison.records import Geometry, ImageSet
 from unpoison.runtime import seeded
 
 State = dict[str, Any]
@@ -49,9 +49,9 @@ def tiny(path: Path | str, **options: Any) -> Encoder:
     return load(path, **({"arch": "resnet10", "width": 8} | options))
 
 
-def pixels(size: int = 32) -> Tensor:
+def pixels(size: int = 32, n: int = 2) -> Tensor:
     return torch.randint(
-        0, 256, (2, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+        0, 256, (n, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
 
 
@@ -92,6 +92,23 @@ def test_an_encoder_comes_back_as_it_was(trained: TrainedEncoder, tmp_path: Path
     assert loaded.name == "encoder.safetensors (moco-v2 resnet10)"
     assert len(loaded.fingerprint) == 64
     assert [p.name for p in path.parent.iterdir()] == ["encoder.safetensors"]
+
+
+@pytest.mark.parametrize(("method", "arch"), [("moco-v3", "vit_tiny"), ("byol", "resnet18")])
+def test_a_trained_encoder_of_any_kind_comes_back(method: str, arch: str, tmp_path: Path) -> None:
+    images = ImageSet(tuple("abcdefgh"), pixels(16, n=8), fingerprint="images")
+    config = PretrainConfig(method=method, arch=arch, width=4, epochs=1, batch_size=8)
+    trained = pretrain(images, config, seed=0, device="cpu", precision="fp32")
+    path = tmp_path / "encoder.safetensors"
+    save_encoder(trained, path)
+    loaded = load(path)
+    assert isinstance(trained.encoder.network, nn.Module) and same_weights(loaded, trained.encoder.network)
+    assert torch.equal(loaded.features(pixels(16)), trained.encoder.features(pixels(16)))
+    assert loaded.name == f"encoder.safetensors ({method} {arch})"
+    other = {"vit_tiny": "resnet10", "resnet18": "vit_tiny"}[arch]
+    lying = rewritten(path, architecture=json.dumps({**ARCHITECTURE, "name": other, "width": 4}))
+    with pytest.raises(CheckpointError, match=f"of the .* weights of {other} are missing"):
+        load(lying)
 
 
 def test_a_saved_encoder_says_how_it_was_made(trained: TrainedEncoder, tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
+from torchvision.models.vision_transformer import VisionTransformer
 
 from toys import PlantedEncoder, planted_images, planted_pattern
 from unpoison.encoders.backbones import Architecture, build_backbone
@@ -123,6 +125,8 @@ def test_a_map_without_positive_evidence_is_zero(resnet: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("name", "size", "grid", "prefix"),
     [
+        ("vit_tiny", 32, 8, 1),
+        ("vit_tiny", 64, 8, 1),
         ("vit_tiny_patch16_224", 64, 4, 1),
         ("vit_tiny_patch16_224", 32, 2, 1),
         ("deit_tiny_distilled_patch16_224", 48, 3, 2),
@@ -148,6 +152,74 @@ def test_tokens_are_laid_on_the_models_own_grid(name: str, size: int, grid: int,
         ((heat - low) / (high - low))[:, None], (size, size), mode="bilinear"
     )[:, 0]
     torch.testing.assert_close(maps, expected, atol=1e-4, rtol=0)
+
+
+class Wrapped(nn.Module):
+    """A network inside another one, as training scripts leave them."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.encoder = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.encoder(images)
+
+
+def test_a_transformer_inside_another_module_is_found_with_its_grid() -> None:
+    network = backbone("deit_tiny_distilled_patch16_224", 48)
+    wrapped = Wrapped(network).eval()
+    layer = choose_layer(wrapped, 48)
+    assert layer is network.blocks[-1].norm1
+    expected = grad_cam(network, layer, images(2, 48), second)
+    assert torch.equal(grad_cam(wrapped, layer, images(2, 48), second), expected)
+
+
+def test_torchvision_s_transformer_is_one_too() -> None:
+    with seeded(0, "vit"):
+        network = VisionTransformer(32, 8, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=16)
+    network.heads = nn.Identity()
+    network.eval().requires_grad_(False)
+    layer = choose_layer(network, 32)
+    assert layer is network.encoder.layers[-1].ln_1
+    kept: list[Tensor] = []
+    handle = layer.register_forward_hook(lambda _m, _i, out: kept.append(out))
+    score = second(network(images(2).requires_grad_())).sum()
+    handle.remove()
+    (gradient,) = torch.autograd.grad(score, kept[0])
+    weights = gradient[:, 1:].mean(dim=1)
+    heat = torch.einsum("ntc,nc->nt", kept[0][:, 1:].detach(), weights).view(2, 4, 4).clamp_min(0)
+    cells = nn.functional.avg_pool2d(grad_cam(network, layer, images(2), second)[:, None], 8)[:, 0]
+    assert torch.equal(cells.flatten(1).argmax(dim=1), heat.flatten(1).argmax(dim=1))
+
+
+def test_maps_with_channels_last_are_read_as_such() -> None:
+    with seeded(0, "swin"):
+        network = timm.create_model(
+            "swin_tiny_patch4_window7_224",
+            num_classes=0,
+            img_size=64,
+            window_size=4,
+            depths=(1, 1, 1),
+            num_heads=(1, 2, 4),
+            embed_dim=8,
+        )
+    network.eval().requires_grad_(False)
+    layer = choose_layer(network, 64)
+    assert layer is network.layers[1]  # 16, 8, 4 cells
+    maps = grad_cam(network, layer, images(2, 64), second)
+
+    class ChannelsFirst(nn.Module):
+        def forward(self, output: Tensor) -> Tensor:
+            return output.permute(0, 3, 1, 2)
+
+    class ChannelsLast(nn.Module):
+        def forward(self, output: Tensor) -> Tensor:
+            return output.permute(0, 2, 3, 1)
+
+    turned = ChannelsFirst()
+    network.layers[1] = nn.Sequential(layer, turned, ChannelsLast())
+    network.output_fmt = "NCHW"
+    torch.testing.assert_close(grad_cam(network, turned, images(2, 64), second), maps)
 
 
 class Tokens(nn.Module):
@@ -211,3 +283,38 @@ def test_it_points_at_a_planted_trigger() -> None:
     for heat, box in zip(maps, boxes.values(), strict=True):
         top, left = divmod(int(heat.argmax()), 32)
         assert box.y <= top < box.y + box.h and box.x <= left < box.x + box.w
+
+
+class PlantedTransformer(nn.Module):
+    """Its class token attends to the token that shows a pattern, if there is one."""
+
+    def __init__(self, pattern: Tensor) -> None:
+        super().__init__()
+        self.patch_embed = nn.Module()
+        self.patch_embed.patch_size = (4, 4)
+        self.num_prefix_tokens = 1
+        self.register_buffer("template", nn.functional.normalize(pattern.flatten() - pattern.mean(), dim=0))
+        block = nn.Module()
+        block.norm1 = nn.Identity()
+        self.blocks = nn.ModuleList([block])
+
+    def forward(self, images: Tensor) -> Tensor:
+        cells = nn.functional.unfold(images, 4, stride=4).transpose(1, 2)
+        centred = nn.functional.normalize(cells - cells.mean(dim=2, keepdim=True), dim=2)
+        tokens = torch.cat((centred @ self.template[:, None], cells.unflatten(2, (3, 16)).mean(dim=3)), dim=2)
+        tokens = self.blocks[-1].norm1(torch.cat((torch.zeros(len(images), 1, 4), tokens), dim=1))
+        return ((8 * tokens[:, None, :, 0]).softmax(dim=2) @ tokens)[:, 0]
+
+
+def test_it_points_at_a_trigger_planted_in_a_transformer() -> None:
+    drawn = torch.Generator().manual_seed(0)
+    pattern = torch.rand(3, 4, 4, generator=drawn)
+    pictures = torch.rand(20, 3, 32, 32, generator=drawn)
+    places = torch.randint(0, 8, (20, 2), generator=drawn).tolist()
+    for picture, (row, column) in zip(pictures, places, strict=True):
+        picture[:, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] = pattern
+    network = PlantedTransformer(pattern)
+    maps = grad_cam(network, choose_layer(network, 32), pictures, lambda f: f[:, 0])
+    for heat, (row, column) in zip(maps, places, strict=True):
+        top, left = divmod(int(heat.argmax()), 32)
+        assert (top // 4, left // 4) == (row, column)

@@ -11,11 +11,13 @@ from torch import Tensor
 from unpoison.errors import ShapeError
 from unpoison.functional.windows import (
     attention_map,
+    block_masks,
     crop_windows,
     grid_masks,
     hide,
     hottest_windows,
     paste_windows,
+    pixel_masks,
     random_masks,
 )
 
@@ -63,8 +65,9 @@ def test_windows_that_do_not_fit_are_refused() -> None:
     for side in (0, 9):
         with pytest.raises(ShapeError, match=f"a {side}-pixel window does not fit images of 8 pixels"):
             grid_masks(8, side, 1)
-        with pytest.raises(ShapeError, match="does not fit"):
-            random_masks(8, side, 1, generator=generator())
+        for strategy in (random_masks, block_masks, pixel_masks):
+            with pytest.raises(ShapeError, match="does not fit"):
+                strategy(8, side, 1, generator=generator())
         with pytest.raises(ShapeError, match="does not fit"):
             hottest_windows(torch.zeros(1, 8, 8), side)
     with pytest.raises(ShapeError, match="stride=0: expected at least 1 pixel"):
@@ -100,6 +103,82 @@ def test_random_masks_depend_on_their_generator_alone() -> None:
     torch.rand(1)
     assert torch.equal(first, random_masks(16, 5, 10, generator=generator(1)))
     assert not torch.equal(first, random_masks(16, 5, 10, generator=generator(2)))
+
+
+# --- mask strategies of the paper's section VI-D
+
+
+def naive_blocks(size: int, side: int, top: int, left: int) -> Tensor:
+    mask = torch.zeros(size, size, dtype=torch.bool)
+    block = max(1, side // 4)
+    for y in range(side):
+        for x in range(side):
+            mask[(top + y) % size, (left + x) % size] = (y // block + x // block) % 2 == 0
+    return mask
+
+
+def corners_of(masks: Tensor) -> list[tuple[int, int]]:
+    """Corners of windows that wrap: the hidden row, and column, whose predecessor is not hidden."""
+    found = []
+    for mask in masks:
+        at = []
+        for axis in (1, 0):
+            line = mask.any(dim=axis)
+            at.append(int((line & ~line.roll(1)).nonzero()[0]) if not line.all() else 0)
+        found.append((at[0], at[1]))
+    return found
+
+
+@given(st.integers(2, 14), st.integers(1, 14), st.integers(0, 1000))
+def test_block_masks_are_chessboards_in_the_windows_of_random_masks(size: int, side: int, seed: int) -> None:
+    side = min(side, size - 1)  # a window as large as the image has no corner that one could see
+    whole = random_masks(size, side, 6, generator=generator(seed))
+    blocks = block_masks(size, side, 6, generator=generator(seed))
+    expected = torch.stack([naive_blocks(size, side, top, left) for top, left in corners_of(whole)])
+    assert blocks.dtype == torch.bool and torch.equal(blocks, expected)
+
+
+@given(st.integers(1, 14), st.integers(1, 14), st.integers(0, 1000))
+def test_every_strategy_hides_parts_of_the_same_windows(size: int, side: int, seed: int) -> None:
+    side = min(side, size)
+    whole = random_masks(size, side, 6, generator=generator(seed))
+    for strategy in (block_masks, pixel_masks):
+        part = strategy(size, side, 6, generator=generator(seed))
+        assert part.shape == (6, size, size) and not (part & ~whole).any()
+        assert torch.equal(part, strategy(size, side, 6, generator=generator(seed)))
+    assert (whole.flatten(1).sum(dim=1) == side**2).all()
+    assert (
+        pixel_masks(size, side, 6, generator=generator(seed)).flatten(1).sum(1) == -(-(side**2) // 2)
+    ).all()
+
+
+@pytest.mark.parametrize("side", range(1, 70))
+def test_half_of_the_window_is_hidden_by_blocks(side: int) -> None:
+    """Exactly where the blocks come in pairs; otherwise the uneven rest is at most a row and a column of blocks."""
+    hidden = int(block_masks(70, side, 1, generator=generator()).sum())
+    block = max(1, side // 4)
+    if side % (2 * block) == 0:
+        assert hidden == side**2 // 2
+    assert side**2 <= 2 * hidden <= side**2 + block**2
+
+
+@pytest.mark.parametrize("strategy", [random_masks, block_masks, pixel_masks])
+def test_every_strategy_hides_every_pixel_equally_often(strategy) -> None:  # invariant 3
+    size, side = 6, 4
+    masks = strategy(size, side, 20_000, generator=generator())
+    share = side**2 / size**2 / (1 if strategy is random_masks else 2)
+    assert (masks.float().mean(dim=0) - share).abs().max() < 0.02
+
+
+def test_chessboards_at_all_corners_cover_every_pixel_alike() -> None:  # invariant 3, exactly
+    size, side = 9, 5
+    boards = torch.stack([naive_blocks(size, side, y, x) for y in range(size) for x in range(size)])
+    assert boards.sum(dim=0).unique().tolist() == [13]
+
+
+def test_pixels_differ_from_mask_to_mask() -> None:
+    masks = pixel_masks(4, 4, 30, generator=generator())  # the window is the image, its corner anywhere
+    assert len({tuple(mask.flatten().tolist()) for mask in masks}) > 25
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
@@ -203,6 +282,26 @@ def test_further_windows_are_the_hottest_of_those_elsewhere() -> None:
         heat[0, y : y + 4, x : x + 4] = value
     corners = hottest_windows(heat, 4, count=3)[0].tolist()
     assert corners == [[0, 0], [12, 12], [12, 0]]
+
+
+@given(st.integers(4, 16), st.integers(1, 8), st.integers(1, 4), st.integers(0, 1000))
+def test_further_windows_share_less_than_half_of_a_side_while_there_is_room(
+    size: int, side: int, count: int, seed: int
+) -> None:
+    side = min(side, size)
+    heat = torch.rand(1, size, size, generator=generator(seed))
+    corners = hottest_windows(heat, side, count)[0].tolist()
+    for place, (y, x) in enumerate(corners):
+        apart = [max(abs(y - top), abs(x - left)) > side // 2 for top, left in corners[:place]]
+        if not all(apart):  # then there is no room left: the last window is repeated
+            assert [y, x] == corners[place - 1]
+            free = [
+                (top, left)
+                for top in range(size - side + 1)
+                for left in range(size - side + 1)
+                if all(max(abs(top - a), abs(left - b)) > side // 2 for a, b in corners[:place])
+            ]
+            assert free == []
 
 
 def random_corners(n: int, size: int, side: int, seed: int = 0) -> Tensor:

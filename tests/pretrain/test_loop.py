@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from unpoison.data.views import ViewConfig
 from unpoison.errors import ConfigError, NothingToScanError, NoVerdictError
@@ -119,12 +120,14 @@ def test_a_foreign_torch_file_is_refused_as_state(images: ImageSet, tmp_path: Pa
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_loss_goes_down_and_the_encoder_is_ready(method: str, images: ImageSet) -> None:
-    trained = train(images, replace(TINY, method=method, epochs=10, learning_rate=1.0))
+    rate = {"sgd": 1.0, "adamw": 0.02}[METHODS[method].RECIPE.optimiser]
+    trained = train(images, replace(TINY, method=method, epochs=10, learning_rate=rate))
     assert len(trained.losses) == 10
     assert trained.losses[-1] < trained.losses[1] - 0.1  # in MoCo's first epoch the queue is still noise
+    features = {"resnet10": 64, "vit_tiny": 32}[METHODS[method].RECIPE.arch]
     encoder = trained.encoder
     assert encoder.images_shown == 0 and not any(p.requires_grad for p in encoder.network.parameters())
-    assert encoder.features(images.pixels).shape == (48, 64)
+    assert encoder.features(images.pixels).shape == (48, features)
     assert encoder.preprocessing.geometry.size == 16 and not encoder.preprocessing.assumed
     expected = images.pixels.float().div(255).mean(dim=(0, 2, 3))
     torch.testing.assert_close(torch.tensor(encoder.preprocessing.mean), expected, atol=1e-5, rtol=0)
@@ -138,19 +141,29 @@ def test_progress_counts_images_up_to_the_total(images: ImageSet) -> None:
     assert {(stage, total) for stage, _, total in seen} == {("pretrain moco-v2", 144)}
 
 
-def test_collapse_is_detected(images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_collapse_stops_the_run_in_its_epoch(
+    method: str, images: ImageSet, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     build = loop.build_backbone
+    calls = 0
 
-    def constant(architecture: loop.Architecture) -> torch.nn.Module:
+    def constant_later(_module: nn.Module, _inputs: object, features: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return features if calls < 12 else 0 * features + 1  # every image gives the same features
+
+    def collapsing(architecture: loop.Architecture) -> nn.Module:
         network = build(architecture)
-        torch.nn.Module.register_forward_hook(
-            network, lambda _m, _i, out: 0 * out + 1
-        )  # every image gives the same features
+        network.register_forward_hook(constant_later)
         return network
 
-    monkeypatch.setattr(loop, "build_backbone", constant)
-    with pytest.raises(NoVerdictError, match="training collapsed: .* lower --learning-rate or train longer"):
-        train(images, replace(TINY, epochs=1))
+    monkeypatch.setattr(loop, "build_backbone", collapsing)
+    state = tmp_path / "state.pt"
+    said = r"training collapsed in epoch \d+: features differ by .* directions; lower --learning-rate or train longer"
+    with pytest.raises(NoVerdictError, match=said) as error:
+        train(images, replace(TINY, method=method, epochs=20), checkpoint=state)
+    assert "epoch 20" not in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_loss_that_is_no_number_stops_the_run(images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,34 +173,77 @@ def test_a_loss_that_is_no_number_stops_the_run(images: ImageSet, monkeypatch: p
         train(images, replace(TINY, method="simclr"))
 
 
+def test_watching_for_collapse_changes_nothing(images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    watched = train(images)
+    monkeypatch.setattr(loop, "_refuse_collapse", lambda *_: None)
+    assert same(watched, train(images))
+
+
+def test_a_second_kind_of_views_is_used(images: ImageSet) -> None:
+    differing = replace(TINY, second_views=ViewConfig(crop=0.5, solarise_probability=1.0))
+    assert not same(train(images), train(images, differing))
+    assert same(train(images), train(images, replace(TINY, second_views=TINY.views)))
+
+
+def test_patches_stay_as_they_were_drawn(images: ImageSet) -> None:
+    short, long = (train(images, replace(TINY, method="moco-v3", epochs=n)) for n in (1, 3))
+    a, b = weights(short), weights(long)
+    fixed = {name for name in a if torch.equal(a[name], b[name])}
+    assert fixed == {"pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"}
+
+
 def test_too_few_images_are_refused(images: ImageSet) -> None:
     with pytest.raises(NothingToScanError, match="pre-training needs at least 2 images, got 1"):
         train(images.select([0]))
 
 
-def test_fewer_images_than_a_batch_are_one_batch(images: ImageSet) -> None:
-    trained = train(images.select(range(5)), replace(TINY, epochs=2))
+@pytest.mark.parametrize("n", [2, 5])
+def test_fewer_images_than_a_batch_are_one_batch(n: int, images: ImageSet) -> None:
+    trained = train(images.select(range(n)), replace(TINY, epochs=2))
     assert len(trained.losses) == 2
 
 
 def test_the_rate_warms_up_and_falls_as_a_cosine() -> None:
-    config = replace(TINY, epochs=10, warmup_epochs=2.0)
-    rates = [loop._rate(epoch, config) for epoch in (0, 1, 2, 6, 10)]
+    rates = [loop._rate(epoch, 10, 2.0) for epoch in (0, 1, 2, 6, 10)]
     assert rates == pytest.approx([0, 0.5, 1, 0.5, 0])
-    assert loop._rate(0.25, replace(TINY, epochs=1, warmup_epochs=2.0)) == 0.5  # half of a short run at most
-    assert loop._rate(0.0, replace(TINY, warmup_epochs=0.0)) == 1.0
+    assert loop._rate(0.25, 1, 2.0) == 0.5  # half of a short run at most
+    assert loop._rate(0.0, 3, 0.0) == 1.0
+
+
+def test_what_is_not_given_comes_from_the_method() -> None:
+    for method, kind in METHODS.items():
+        assert PretrainConfig(method=method).recipe == kind.RECIPE
+    given = PretrainConfig(method="moco-v3", arch="resnet18", learning_rate=0.5, head_out=64)
+    assert given.recipe == replace(loop.MoCoV3.RECIPE, arch="resnet18", learning_rate=0.5, head_out=64)
+    resolved = given.resolve()
+    assert (resolved.optimiser, resolved.arch, resolved.temperature) == ("adamw", "resnet18", 0.2)
+    assert resolved.second_views == given.views
+    assert resolved.resolve() == resolved
+    assert PretrainConfig(method="byol").resolve().temperature is None
+
+
+def test_the_result_names_the_resolved_settings(images: ImageSet) -> None:
+    config = train(images, replace(TINY, epochs=1)).config
+    assert config == replace(TINY, epochs=1).resolve() and config.learning_rate == 0.3
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"method": "dino"}, "method 'dino': expected moco-v2 or simclr"),
+        ({"method": "dino"}, "method 'dino': expected moco-v2 or simclr or moco-v3 or byol"),
         ({"epochs": 0}, "epochs=0: expected a larger whole number"),
         ({"batch_size": 1}, "batch_size=1: expected a larger whole number"),
         ({"queue_size": 0}, "queue_size=0: expected a larger whole number"),
         ({"learning_rate": float("nan")}, "learning_rate=nan: expected a positive number"),
         ({"temperature": 0.0}, "temperature=0.0: expected a positive number"),
         ({"key_momentum": 1.0}, r"key_momentum=1.0: expected a number in \[0, 1\)"),
+        ({"momentum": -0.1}, r"momentum=-0.1: expected a number in \[0, 1\)"),
+        ({"weight_decay": -1.0}, "weight_decay=-1.0: expected a number of at least 0"),
+        ({"warmup_epochs": float("nan")}, "warmup_epochs=nan: expected a number of at least 0"),
+        ({"head_out": 1}, "head_out=1: expected a larger whole number"),
+        ({"optimiser": "lars"}, "optimiser 'lars': expected sgd or adamw"),
+        ({"method": "byol", "temperature": 0.2}, "temperature=0.2: byol has no such setting; leave it out"),
+        ({"method": "simclr", "key_momentum": 0.9}, "key_momentum=0.9: simclr has no such setting; leave it"),
     ],
 )
 def test_settings_out_of_range_are_refused(wrong: dict[str, object], message: str) -> None:

@@ -39,7 +39,7 @@ def test_info_nce_agrees_with_its_twin(temperature: float) -> None:
 def module(queue_size: int = 8, momentum: float = 0.9) -> MoCoV2:
     torch.manual_seed(0)
     backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.BatchNorm1d(6))
-    return MoCoV2(backbone, 6, momentum=momentum, queue_size=queue_size, hidden=8, out=4)
+    return MoCoV2(backbone, 6, temperature=0.2, momentum=momentum, queue_size=queue_size, hidden=8, out=4)
 
 
 def step(moco: MoCoV2, seed: int, n: int = 3) -> Tensor:
@@ -49,7 +49,7 @@ def step(moco: MoCoV2, seed: int, n: int = 3) -> Tensor:
     with torch.no_grad():
         key = normalize(moco.key_projector(moco.key_backbone(second)), dim=1)
         moco(first, second)
-    moco.after_step()
+    moco.after_step(0.5)
     return key
 
 

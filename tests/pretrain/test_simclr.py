@@ -48,5 +48,5 @@ def test_the_module_compares_the_projections_of_both_views() -> None:
     first, second = (torch.randn(3, 3, 2, 2, generator=generator(s)) for s in (1, 2))
     one, two = (module.projector(backbone(v)) for v in (first, second))
     torch.testing.assert_close(module(first, second), nt_xent(one, two, 0.3))
-    module.after_step()
+    module.after_step(0.5)
     assert one.shape == (3, 4)

@@ -16,11 +16,12 @@ from unpoison.scan.config import ScanConfig
     [
         ({"method": "magic"}, "method='magic': expected poisoncam or patchsearch"),
         ({"attention": "eyes"}, "attention='eyes': expected mask or gradcam"),
-        ({"masks": "none"}, "masks='none': expected grid or random"),
+        ({"masks": "none"}, "masks='none': expected grid or random or blocks or pixels"),
         ({"fill": "pink"}, "fill='pink': expected mean or black"),
         ({"score": "best"}, "score='best': expected directed or concentrated or any or source"),
         ({"n_masks": 0}, "n_masks=0: expected at least 1"),
         ({"samples": 0}, "samples=0: expected at least 1"),
+        ({"patches": 0}, "patches=0: expected at least 1"),
         ({"top_k": 0}, "top_k=0: expected at least 1"),
         ({"exploit": -1}, "exploit=-1: expected at least 1"),
         ({"clusters": 1}, "clusters=1: expected at least 2"),
@@ -76,6 +77,11 @@ def test_defaults_are_ours_and_faithful_ones_the_papers() -> None:
     assert chosen(faithful=True) == ("mask", "random", "any")
     assert chosen(method="patchsearch") == ("gradcam", "grid", "directed")
     assert chosen(method="patchsearch", faithful=True) == ("gradcam", "random", "source")
+
+
+@pytest.mark.parametrize("masks", ["random", "blocks", "pixels"])
+def test_every_mask_strategy_of_the_paper_goes_with_faithful(masks: str) -> None:
+    assert ScanConfig(masks=masks, faithful=True).resolve(1000, 32).masks == masks
 
 
 def test_what_was_asked_for_stays() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -323,3 +324,24 @@ def test_a_patch_that_steers_by_colour_alone_is_told_apart(
     (said,) = scene.confirm([Finalist(torch.tensor([0]), 0, torch.tensor([0]))])
     assert said.p_value > 0.1
     assert said.steering_p_value < 1e-6
+
+
+@pytest.mark.parametrize(("n_suspected", "left_out"), [(70, True), (90, False)])
+def test_the_threshold_is_not_taken_from_the_finalists_own_clusters(n_suspected: int, left_out: bool) -> None:
+    """Else a fifth of poisoned images lifts the threshold to what the trigger does; unless too few images remain."""
+    assignment = (torch.arange(100) >= n_suspected).long()
+    pixels = (assignment * 200).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 8, 8).contiguous()
+    images = ImageSet(tuple(f"{row:02d}.png" for row in range(100)), pixels, ())
+    seen: list[Tensor] = []
+    flip_test = SimpleNamespace(window=4, run=lambda patches, generator: seen.append(patches))
+    module._benign_flips(
+        images,
+        Clusters(torch.eye(2), assignment),
+        torch.tensor([0, 0]),
+        flip_test,  # type: ignore[arg-type]
+        torch.tensor([0, 99]),
+        torch.Generator().manual_seed(0),
+    )
+    shown = set(seen[0].flatten().tolist())
+    assert shown == ({200} if left_out else {0, 200})
+    assert len(seen[0]) == (29 if left_out else 64)

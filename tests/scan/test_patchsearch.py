@@ -14,9 +14,11 @@ from unpoison.encoders.extract import extract_features
 from unpoison.errors import ConfigError
 from unpoison.functional.clustering import kmeans
 from unpoison.records import Box, Clusters, Geometry
-from unpoison.runtime import seeded
+from unpoison.runtime import seeded, silent, stage_generator
 from unpoison.scan.config import ScanConfig
+from unpoison.scan.flip_test import FlipTest, nearest_rows
 from unpoison.scan.patchsearch import PASSES_PER_MAP, GradCamAttention
+from unpoison.scan.search import Searcher
 
 CONFIG = ScanConfig(method="patchsearch", window=12, clusters=4).resolve(200, 32)
 GREY = Preprocessing(geometry=Geometry(32, 32), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
@@ -66,6 +68,38 @@ def test_heat_explains_the_logit_of_the_own_cluster(resnet: Encoder) -> None:
     for picture, cluster, seen in zip(pixels(), own, heat, strict=True):
         expected = naive_heat(resnet, looking.layer, picture, found.centroids[cluster])
         torch.testing.assert_close(seen, expected, atol=1e-4, rtol=0)
+
+
+def test_faithful_explains_the_cosine_as_the_release_does(resnet: Encoder) -> None:
+    centroids = F.normalize(torch.randn(4, 64, generator=generator(4)), dim=1)
+    found = Clusters(centroids, torch.zeros(5, dtype=torch.int64))
+    config = ScanConfig(method="patchsearch", window=12, clusters=4, faithful=True).resolve(200, 32)
+    looking = GradCamAttention(resnet, found, config, batch_size=8)
+    for picture, seen in zip(pixels(), looking.heat(pixels()), strict=True):
+        unit = F.normalize(resnet.features(picture[None]), dim=1)[0].clone()
+        centroid = found.centroids[int((found.centroids @ unit).argmax())]
+        weights = centroid - (unit @ centroid) * unit  # the gradient of the cosine, but for its length
+        expected = naive_heat(resnet, looking.layer, picture, weights)
+        torch.testing.assert_close(seen, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("faithful", [False, True])
+def test_the_cluster_is_chosen_in_float32_whatever_the_network_s_precision(faithful: bool) -> None:
+    """Two clusters that bfloat16 cannot tell apart, and features that lie nearer to the second."""
+    ends = [torch.tensor([1.0, 1e-3 * sign, 0.0]) for sign in (-1, 1)]
+    found = Clusters(F.normalize(torch.stack(ends), dim=1), torch.zeros(1, dtype=torch.int64))
+    config = ScanConfig(method="patchsearch", window=12, clusters=2, faithful=faithful).resolve(200, 32)
+    network = nn.Sequential(nn.Conv2d(3, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    encoder = Encoder(network, GREY, device="cpu", precision="bf16")
+    looking = GradCamAttention(encoder, found, config, batch_size=2)
+    features = torch.tensor([[1.0, 0.5, 0.0]], requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (logit,) = looking._logit(features)
+    (gradient,) = torch.autograd.grad(logit, features)
+    assert logit.dtype == torch.float32
+    scaled = F.normalize(features, dim=1) if faithful else features
+    (expected,) = torch.autograd.grad(scaled[0] @ found.centroids[1], features)
+    torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=0)
 
 
 def test_the_layer_has_a_map_of_at_least_eight_cells(resnet: Encoder) -> None:
@@ -138,6 +172,30 @@ def test_it_sees_the_trigger_of_a_toy() -> None:
     ):
         for (top, left), box in zip(looking.windows(heat).tolist(), boxes.values(), strict=True):
             assert Box(left, top, 12, 12).intersection(box) >= 0.5 * box.area
+
+
+@pytest.mark.parametrize("patches", [1, 2])
+def test_the_published_search_ranks_planted_images_first(patches: int) -> None:
+    images, boxes = planted_images(240, 30, generator(3))
+    encoder = Encoder(SpikeEncoder(), GREY, device="cpu", precision="fp32")
+    features = extract_features(encoder, images).values
+    found = kmeans(features, 12, generator=generator())
+    config = ScanConfig(
+        method="patchsearch", faithful=True, window=12, clusters=12, n_flips=24, patches=patches
+    ).resolve(240, 32)
+    every = torch.ones(240, dtype=torch.bool)
+    flips = nearest_rows(features, found, every, 24, generator=generator())
+    looking = GradCamAttention(encoder, found, config, batch_size=64)
+    test = FlipTest.draw(
+        encoder, images, found, flips, 12, generator=generator(), with_control=False, batch_size=64
+    )
+    searcher = Searcher(
+        images, found, looking, test, config, every, lambda step: stage_generator(0, step), silent
+    )
+    scored = searcher.explore(lambda _name, compute: compute())
+    planted = torch.tensor([images.ids[row] in boxes for row in scored.rows])
+    order = scored.flips.score("source", scored.own).argsort(descending=True, stable=True)
+    assert planted.sum() >= 10 and planted[order[:10]].all()
 
 
 def test_an_encoder_without_layers_is_refused() -> None:

@@ -14,7 +14,7 @@ from unpoison.functional.clustering import kmeans
 from unpoison.functional.windows import grid_masks, hottest_windows
 from unpoison.records import Box, Clusters, ImageSet
 from unpoison.scan.config import ScanConfig
-from unpoison.scan.poisoncam import MaskAttention, activation_scores, margin_drop
+from unpoison.scan.poisoncam import MaskAttention, activation_scores, margin_drop, sharpen_windows
 
 WINDOW = 12
 
@@ -113,6 +113,19 @@ def test_faithful_is_the_plain_sum_of_equation_3(toy) -> None:
     assert heat.max() > 1  # a mean over the masks that hid a pixel could not be
 
 
+@pytest.mark.parametrize(
+    ("masks", "hidden"), [("random", WINDOW**2), ("blocks", WINDOW**2 // 2), ("pixels", WINDOW**2 // 2)]
+)
+@pytest.mark.parametrize("faithful", [False, True])
+def test_every_mask_strategy_hides_its_share_of_the_same_windows(toy, masks, hidden, faithful) -> None:
+    looking = attention(toy, masks=masks, n_masks=24, faithful=faithful)
+    assert looking.masks.shape == (24, 32, 32)
+    assert (looking.masks.flatten(1).sum(dim=1) == hidden).all()
+    assert not (looking.masks & ~attention(toy, masks="random", n_masks=24).masks).any()
+    heat = looking.heat(toy[1].pixels[:2])
+    assert heat.shape == (2, 32, 32) and (heat[:, ~looking.masks.any(dim=0)] == 0).all()
+
+
 def test_every_planted_trigger_lies_in_its_window(toy) -> None:
     _, images, boxes, _ = toy
     looking = attention(toy)
@@ -170,3 +183,47 @@ def test_the_batch_size_is_no_matter(toy) -> None:
     small, large = attention(toy, batch_size=7), attention(toy, batch_size=500)
     torch.testing.assert_close(small.heat(pixels), large.heat(pixels), atol=1e-5, rtol=1e-5)
     assert torch.equal(small.windows(small.heat(pixels)), hottest_windows(large.heat(pixels), WINDOW)[:, 0])
+
+
+@pytest.mark.parametrize("side", [8, 9, 12])
+@pytest.mark.parametrize("batch_size", [7, 512])
+def test_a_window_beside_the_trigger_moves_around_it(
+    toy: tuple[Encoder, ImageSet, dict[str, Box], Clusters], side: int, batch_size: int
+) -> None:
+    encoder, images, boxes, _ = toy
+    rows = torch.tensor([row for row, name in enumerate(images.ids) if name in boxes])
+    clean = torch.tensor([row for row, name in enumerate(images.ids) if name not in boxes])
+    direction = torch.zeros(encoder.features(images.pixels[:1]).shape[1])
+    direction[0] = 1
+    planted = torch.tensor([[boxes[images.ids[row]].y, boxes[images.ids[row]].x] for row in rows.tolist()])
+    start = (planted + torch.randint(-2, 3, planted.shape, generator=generator(5))).clamp(0, 32 - side)
+    moved = sharpen_windows(
+        encoder,
+        images.pixels[rows],
+        start,
+        direction,
+        side,
+        carriers=images.pixels[clean[:2]],
+        batch_size=batch_size,
+    )
+    assert int(moved.min()) >= 0 and int(moved.max()) <= 32 - side
+    for (top, left), row in zip(moved.tolist(), rows.tolist(), strict=True):
+        box = boxes[images.ids[row]]
+        assert Box(left, top, side, side).intersection(box) == box.area
+
+
+def test_a_window_stays_where_no_neighbour_is_better(
+    toy: tuple[Encoder, ImageSet, dict[str, Box], Clusters],
+) -> None:
+    encoder, images, boxes, _ = toy
+    clean = [row for row, name in enumerate(images.ids) if name not in boxes][:3]
+    direction = torch.zeros(encoder.features(images.pixels[:1]).shape[1])
+    direction[0] = 1
+    start = torch.tensor([[0, 0], [11, 3], [20, 20]])
+    pixels = images.pixels[clean]
+    moved = sharpen_windows(encoder, pixels, start, direction, WINDOW, carriers=pixels[:1], batch_size=64)
+    assert torch.equal(moved, start)
+    nothing = sharpen_windows(
+        encoder, pixels[:0], start[:0], direction, WINDOW, carriers=pixels[:1], batch_size=64
+    )
+    assert nothing.shape == (0, 2)

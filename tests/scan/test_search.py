@@ -81,9 +81,17 @@ def test_the_published_schedule(n_clusters: int, scored: int) -> None:
     assert n_scored(n_clusters, 2, 0.25) == scored
 
 
-def test_a_search_scores_as_many_images_as_announced_and_none_twice() -> None:
-    colours = torch.randint(0, 256, (5000,), dtype=torch.uint8, generator=generator())
-    searcher = plain_searcher(100, 50, colours)
+@pytest.mark.parametrize("settings", [{}, {"faithful": True}, {"faithful": True, "method": "patchsearch"}])
+@pytest.mark.parametrize(
+    ("n_clusters", "rounds", "scored"),
+    [(100, 15, 826), (1000, 23, 8054)],  # invariant 6
+)
+def test_a_search_scores_as_many_images_as_announced_and_none_twice(
+    settings, n_clusters: int, rounds: int, scored: int
+) -> None:
+    per_cluster = 2 * rounds
+    colours = torch.randint(0, 256, (n_clusters * per_cluster,), dtype=torch.uint8, generator=generator())
+    searcher = plain_searcher(n_clusters, per_cluster, colours, **settings)
     names: list[str] = []
     told: list[tuple[int, int]] = []
 
@@ -93,9 +101,10 @@ def test_a_search_scores_as_many_images_as_announced_and_none_twice() -> None:
 
     searcher = Searcher(**{**vars(searcher), "progress": lambda _s, done, total: told.append((done, total))})
     found = searcher.explore(run_round)
-    assert len(found) == 826 == len(set(found.rows.tolist()))
-    assert len(names) == 15 == len(set(names))
-    assert told[-1] == (826, 826) and [done for done, _ in told] == sorted(done for done, _ in told)
+    assert len(found) == scored == len(set(found.rows.tolist()))
+    assert len(names) == rounds == len(set(names))
+    assert torch.bincount(found.own).max() == per_cluster  # of no cluster more: 46 of 1 000 clusters
+    assert told[-1] == (scored, scored) and [done for done, _ in told] == sorted(done for done, _ in told)
     assert torch.equal(found.own, searcher.clusters.assignment[found.rows])
 
 
@@ -108,6 +117,93 @@ def test_the_clusters_with_the_highest_scores_survive(settings) -> None:
     counts = torch.bincount(found.own, minlength=10)
     assert counts[7] == counts.max() and counts[2] == counts.max()
     assert counts.min() == 2  # two lowest clusters go after the first round
+
+
+def first_of_its_queue(searcher: Searcher, cluster: int) -> int:
+    return searcher.queues()[cluster][0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "stays"),
+    [
+        ({}, True),
+        ({"faithful": True, "method": "patchsearch"}, True),
+        ({"faithful": True, "method": "poisoncam"}, False),
+    ],
+)
+def test_one_hit_keeps_a_cluster_by_the_running_maximum_but_not_by_the_sum_of_the_round(
+    settings, stays
+) -> None:
+    colours = torch.full((400,), 10, dtype=torch.uint8)
+    members = torch.arange(400) % 10 == 6
+    colours[members] = 0
+    colours[first_of_its_queue(plain_searcher(10, 40, colours), 6)] = 250
+    found = plain_searcher(10, 40, colours, **settings).explore(plainly)
+    counts = torch.bincount(found.own, minlength=10)
+    assert counts[6] == (counts.max() if stays else 4)  # the sum drops it after its second round
+
+
+class Centred(ByColour):
+    """The same, but a dark patch has a negative score: it drives images out of the cluster."""
+
+    def run(self, patches: Tensor, *, generator: torch.Generator) -> Flips:
+        flips = super().run(patches, generator=generator)
+        return Flips(
+            *(value - 0.5 if name != "control_gain" else value for name, value in vars(flips).items())
+        )
+
+
+def test_the_release_rates_no_cluster_below_zero_while_it_has_images_left() -> None:
+    def counts(colours: Tensor, **settings: object) -> list[int]:
+        searcher = plain_searcher(10, 40, colours, **settings)
+        searcher = Searcher(**{**vars(searcher), "flip_test": Centred(10)})
+        return torch.bincount(searcher.explore(plainly).own, minlength=10).tolist()
+
+    all_negative = (torch.arange(400) % 10).to(torch.uint8) * 10  # cluster 9 is the least negative
+    alike = torch.full((400,), 50, dtype=torch.uint8)
+    release = {"faithful": True, "method": "patchsearch"}
+    assert counts(all_negative, **release) == counts(alike, **release)
+    assert counts(all_negative) == sorted(counts(all_negative))
+
+
+def test_published_ties_are_broken_by_the_seed_not_by_the_number_of_the_cluster() -> None:
+    def survivors(seed: int) -> list[int]:
+        searcher = plain_searcher(12, 40, torch.zeros(480, dtype=torch.uint8), faithful=True)
+        searcher = Searcher(**{**vars(searcher), "generator": lambda step: stage_generator(seed, step)})
+        return torch.bincount(searcher.explore(plainly).own, minlength=12).tolist()
+
+    assert survivors(0) == survivors(0)
+    assert len({tuple(survivors(seed)) for seed in range(4)}) == 4
+
+
+class TwoSpots(NoAttention):
+    """Hottest at the upper left corner, second hottest at the lower right one."""
+
+    def heat(self, pixels: Tensor) -> Tensor:
+        heat = torch.zeros(len(pixels), 8, 8)
+        heat[:, :3, :3], heat[:, 5:, 5:] = 2, 1
+        return heat
+
+
+@pytest.mark.parametrize(("patches", "bright", "corner"), [(1, 5, 0), (2, 5, 5), (2, 0, 0), (3, 5, 5)])
+def test_of_several_windows_of_an_image_the_best_counts(patches: int, bright: int, corner: int) -> None:
+    searcher = plain_searcher(4, 10, torch.zeros(40, dtype=torch.uint8), patches=patches)
+    searcher.images.pixels[:, :, bright : bright + 3, bright : bright + 3] = 200
+    searcher = Searcher(**{**vars(searcher), "attention": TwoSpots()})
+    found = searcher.explore(plainly)
+    assert (found.corners == corner).all() and len(set(found.rows.tolist())) == len(found)
+    assert (found.flips.changed == (200 / 255 if bright == corner else 0)).all()
+
+
+def test_every_further_window_costs_one_more_flip_test() -> None:
+    shown = []
+    for patches in (1, 3):
+        searcher, _ = toy_searcher(0, patches=patches)
+        before = searcher.flip_test.encoder.images_shown
+        found = searcher.score(list(range(4)), "some")
+        shown.append(searcher.flip_test.encoder.images_shown - before)
+        assert len(found) == 4
+    assert shown[1] - shown[0] == 4 * 2 * 2 * 24  # images, windows, patch and control, flip images
 
 
 def test_small_clusters_run_dry_without_a_fault() -> None:
@@ -214,12 +310,12 @@ def test_directed_scores_take_the_best_direction() -> None:
 # --- the toy with a planted backdoor
 
 
-def toy_searcher(seed: int, *, batch_size: int = 256) -> tuple[Searcher, dict[str, Box]]:
+def toy_searcher(seed: int, *, batch_size: int = 256, patches: int = 1) -> tuple[Searcher, dict[str, Box]]:
     images, boxes = planted_images(240, 30, generator(seed))
     encoder = planted_encoder()
     features = extract_features(encoder, images).values
     clusters = kmeans(features, 12, generator=generator(seed))
-    config = ScanConfig(window=WINDOW, n_flips=24, clusters=12).resolve(240, 32)
+    config = ScanConfig(window=WINDOW, n_flips=24, clusters=12, patches=patches).resolve(240, 32)
 
     def drawn(step: str) -> torch.Generator:
         return stage_generator(seed, step)

@@ -87,6 +87,12 @@ class PatchAttackConfig:
                 f"{len(self.targets)} targets and {len(self.triggers)} triggers: expected as many "
                 "of one as of the other; repeat --target and --trigger in pairs"
             )
+        twice = next((t for t in self.triggers if self.triggers.count(t) > 1), None)
+        if twice is not None:
+            raise ConfigError(
+                f"trigger {twice!r} has several targets, and could lead to one only: expected a trigger of its own for "
+                "each target"
+            )
         if not 0 < self.rate <= 1:
             raise ConfigError(f"rate={self.rate}: expected a fraction in (0, 1]")
         if self.rate_of not in ("class", "dataset"):

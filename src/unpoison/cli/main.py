@@ -27,10 +27,12 @@ VERBS = {
     "demo": "Plant a backdoor, find it and remove it, on images that come along; no download.",
     "scan": "Find poisoned images in an unlabelled set, with a verdict that can gate a pipeline.",
     "clean": "Write an image set without the images that a scan flagged.",
+    "repair": "Turn findings into a clean encoder: train again without the flagged images.",
     "attack": "Plant a backdoor: a poisoned copy, and the answer key.",
     "pretrain": "Train an encoder on unlabelled images.",
     "evaluate": "Measure an encoder and an attack on it; measure a scan against the answer key.",
     "report": "Render report.html of a run again.",
+    "benchmark": "Run a whole study from a task file, with tables beside the papers' figures.",
     "doctor": "Show versions, devices, and whether references resolve; runs nothing.",
     "schema": "Print the JSON schema of verdict, findings or plan.",
 }

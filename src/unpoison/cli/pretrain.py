@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -24,9 +24,6 @@ from unpoison.cli.screen import Screen, log_into, read_ids
 from unpoison.errors import ConfigError
 from unpoison.pretrain.loop import METHODS, PretrainConfig
 
-if TYPE_CHECKING:
-    pass
-
 __all__ = ["app"]
 
 _DEFAULT = PretrainConfig()
@@ -36,7 +33,7 @@ app = typer.Typer(add_completion=False)
 
 @app.command(
     epilog="Example: unpoison pretrain moco-v2 images/ --out encoder.safetensors\n\n"
-    "Example: unpoison pretrain simclr images/ --out clean.safetensors --only run/clean.txt --epochs 40"
+    "Example: unpoison pretrain moco-v3 images/ --out clean.safetensors --only run/clean.txt --epochs 40"
 )
 def pretrain(
     method: Annotated[
@@ -47,9 +44,15 @@ def pretrain(
         Path, typer.Option(metavar="ENC", help="The .safetensors file to write.", show_default=False)
     ],
     arch: Annotated[
-        str, typer.Option(help="resnet10, resnet18, resnet34, resnet50 or a timm model.")
+        str | None,
+        typer.Option(
+            help="resnet10, resnet18, resnet34, resnet50, vit_tiny, vit_small, vit_base or a timm model; "
+            "default: vit_tiny for moco-v3, else resnet10."
+        ),
     ] = _DEFAULT.arch,
-    width: Annotated[int, typer.Option(help="Channels of the first ResNet stage.")] = _DEFAULT.width,
+    width: Annotated[
+        int, typer.Option(help="Channels of the first ResNet stage; a quarter of vit_tiny's features.")
+    ] = _DEFAULT.width,
     image_size: Annotated[
         int | None,
         typer.Option(metavar="PX", help="Side of the input; default: fits the images, at most 224.", min=8),
@@ -57,7 +60,8 @@ def pretrain(
     epochs: Annotated[int, typer.Option(help="Passes over the images.")] = _DEFAULT.epochs,
     batch_size: Annotated[int, typer.Option(metavar="N", help="Images per step.")] = _DEFAULT.batch_size,
     learning_rate: Annotated[
-        float, typer.Option(help="For a batch of 256; scales with it.")
+        float | None,
+        typer.Option(help="For a batch of 256; scales with it; default: the method's own."),
     ] = _DEFAULT.learning_rate,
     only: Only = None,
     root: Root = None,
@@ -112,7 +116,7 @@ def pretrain(
         "schema": 1,
         "encoder": str(out),
         "method": method,
-        "arch": arch,
+        "arch": trained.architecture.name,
         "width": width,
         "image_size": side,
         "n_images": len(pixels),

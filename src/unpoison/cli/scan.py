@@ -104,11 +104,17 @@ def scan(
     ] = _DEFAULT.attention,
     masks: Annotated[
         str | None,
-        typer.Option(help="grid, or random as published; default: grid.", rich_help_panel=_SEARCH),
+        typer.Option(
+            help="grid; or random (as published), blocks or pixels; default: grid.", rich_help_panel=_SEARCH
+        ),
     ] = _DEFAULT.masks,
     n_masks: Annotated[
-        int, typer.Option(metavar="M", help="How many random masks.", rich_help_panel=_SEARCH)
+        int, typer.Option(metavar="M", help="How many masks at random places.", rich_help_panel=_SEARCH)
     ] = _DEFAULT.n_masks,
+    patches: Annotated[
+        int,
+        typer.Option(metavar="P", help="Windows tried per image; the best counts.", rich_help_panel=_SEARCH),
+    ] = _DEFAULT.patches,
     score: Annotated[
         str | None,
         typer.Option(
@@ -164,6 +170,7 @@ def scan(
         attention=attention,
         masks=masks,
         n_masks=n_masks,
+        patches=patches,
         score=score,
         top_k=top_k,
         alpha=alpha,

@@ -26,7 +26,7 @@ def schema(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Print a JSON schema (draft 2020-12): of verdict.json, of a row of findings.parquet, or of plan.json.
+    """Print a JSON schema (draft 2020-12): verdict.json, a row of findings.parquet, plan.json or a benchmark's results.
 
     Within one schema number fields are only ever added.
     """

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
+import hashlib
 import json
 import os
 import shutil
@@ -28,10 +30,12 @@ from unpoison.data.sources import (
     ParquetSource,
     TarSource,
     open_source,
+    parquet_image_column,
     sample_key,
     shown,
 )
 from unpoison.errors import ConfigError, DataError
+from unpoison.runtime import Progress, silent
 
 __all__ = [
     "CleanCopy",
@@ -104,12 +108,18 @@ class CleanCopy:
 
 
 def clean_copy(
-    source: ImageSource, keep_ids: Collection[str], out: str | Path, mode: CopyMode = "copy"
+    source: ImageSource,
+    keep_ids: Collection[str],
+    out: str | Path,
+    mode: CopyMode = "copy",
+    *,
+    progress: Progress = silent,
 ) -> CleanCopy:
     """Write the data set again with the kept images only; read back and compared before it gets its name.
 
     Folders and lists keep their relative paths. Parquet shards keep schema, metadata and all columns of the rows that
     stay. Tar shards keep every member except the samples whose images all go. A shard without a kept image is left out.
+    A copy that was killed goes on when it is asked for again, from a hidden folder beside `out`.
 
     Args:
         source: what was scanned; never changed.
@@ -117,9 +127,10 @@ def clean_copy(
         out: a folder that does not exist yet or is empty, outside the source.
         mode: `copy`; `link` for hard links, which fall back to copies across devices and for shards (editing a linked
             file later edits the original too); `list` writes only `clean.txt`.
+        progress: told ("copy images", done, total), then ("compare with the original", done, total).
 
     Raises:
-        ConfigError: an unknown mode, or an output folder that is in use or inside the source.
+        ConfigError: an unknown mode, or an output folder that is in use, inside the source or cannot be written.
         DataError: an id is not in the source, a file cannot be read, or the copy does not equal the original.
     """
     if mode not in get_args(CopyMode):
@@ -133,18 +144,19 @@ def clean_copy(
     removed = len(source.ids) + len(source.refused) - len(kept.ids)
     out = Path(out)
     _check_output(source, out)
-    with _folder_in_one_step(out) as partial:
+    job = hashlib.sha256("\n".join((mode, kept.signature())).encode()).hexdigest()[:12]
+    with _folder_in_one_step(out, job) as partial:
         if mode == "list":
             write_lines_atomically(partial / "clean.txt", kept.ids)
             return CleanCopy(kept=len(kept.ids), removed=removed, copied=0, linked=0, bytes=0)
         linked = 0
         if isinstance(kept, ParquetSource):
-            _copy_parquet(kept, partial)
+            _copy_parquet(kept, partial, progress)
         elif isinstance(kept, TarSource):
-            _copy_tar(kept, partial)
+            _copy_tar(kept, partial, progress)
         else:
-            linked = _copy_files(kept, partial, mode)
-        total = _compare(kept, partial)
+            linked = _copy_files(kept, partial, mode, progress)
+        total = _compare(kept, partial, progress)
         return CleanCopy(
             kept=len(kept.ids), removed=removed, copied=len(kept.ids) - linked, linked=linked, bytes=total
         )
@@ -152,49 +164,75 @@ def clean_copy(
 
 def _check_output(source: ImageSource, out: Path) -> None:
     real = Path(os.path.realpath(out))
-    place = Path(os.path.realpath(source.location))
-    if place.is_dir() and (real == place or place in real.parents):
-        raise ConfigError(
-            f"out={shown(out)} lies inside the source {shown(source.location)}, which is never changed"
-        )
+    for place in _places(source):
+        if real == place or place in real.parents:
+            raise ConfigError(
+                f"out={shown(out)} lies inside the source {shown(place)}, which is never changed; "
+                "name a folder elsewhere"
+            )
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise ConfigError(f"out={shown(out)} exists and is no folder; name a new folder")
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"out={shown(out)} is not empty; name a new folder, nothing is ever overwritten")
 
 
+def _places(source: ImageSource) -> set[Path]:
+    """The folders that are the source: the one that was named, or for a list those of its images, its own left out."""
+    if Path(source.location).is_dir():
+        return {Path(os.path.realpath(source.location))}
+    if not isinstance(source, FileSource):
+        return set()
+    folders = {os.path.realpath(path.parent) for path in source.containers()}
+    return {Path(folder) for folder in folders - {os.path.realpath(source.root)}}
+
+
 @contextlib.contextmanager
-def _folder_in_one_step(out: Path) -> Iterator[Path]:
-    """A folder to fill, which is renamed to `out` when the block ends well, and deleted when it does not."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
-    if partial.exists():  # left by a killed run that had this process number
-        shutil.rmtree(partial)
-    partial.mkdir()
+def _folder_in_one_step(out: Path, job: str) -> Iterator[Path]:
+    """A folder to fill, which is renamed to `out` when the block ends well, and deleted when it fails.
+
+    A kill leaves it, under a hidden name that holds `job`: the same job finds there what is complete already, another
+    one for the same `out` removes it.
+    """
+    partial = out.with_name(f".{out.name}.partial-{job}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        for left in glob.glob(
+            f".{glob.escape(out.name)}.partial-{'[0-9a-f]' * len(job)}", root_dir=out.parent
+        ):
+            if left != partial.name:
+                shutil.rmtree(out.parent / left)
+        partial.mkdir(exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"out={shown(out)} cannot be written: {error.strerror}; name another folder"
+        ) from error
     try:
         yield partial
         os.replace(partial, out)
         _sync_folder(out.parent)
-    finally:
-        if partial.exists():
-            shutil.rmtree(partial)
+    except Exception:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
-def _copy_files(source: ImageSource, out: Path, mode: CopyMode) -> int:
+def _copy_files(source: ImageSource, out: Path, mode: CopyMode, progress: Progress) -> int:
     """Copy or link every file; returns how many were linked."""
     linked = 0
-    for id in source.ids:
+    for done, id in enumerate(source.ids, start=1):
         original = source.path_of(id)
         assert original is not None
         target = out / id
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            if mode == "link" and _link(original, target):
-                linked += 1
-            else:
-                shutil.copyfile(original, target)
+            # A killed run's file that is cut short is written again; any other difference fails the comparison.
+            if not target.exists() or target.stat().st_size != original.stat().st_size:
+                target.unlink(missing_ok=True)
+                if mode != "link" or not _link(original, target):
+                    shutil.copyfile(original, target)
+            linked += os.path.samefile(original, target)
         except OSError as error:
             raise DataError(f"{id!r} cannot be copied: {error.strerror}; nothing was written") from error
+        progress("copy images", done, len(source.ids))
     return linked
 
 
@@ -209,60 +247,83 @@ def _link(original: Path, target: Path) -> bool:
     return True
 
 
-def _copy_parquet(source: ParquetSource, out: Path) -> None:
+@contextlib.contextmanager
+def _new_shard(target: Path) -> Iterator[Path | None]:
+    """Where to write a shard, which gets its name when the block ends well; None when a killed run completed it."""
+    if target.exists():
+        yield None
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(f".{target.name}.unfinished")
+    try:
+        yield unfinished
+        os.replace(unfinished, target)
+    except (OSError, pa.ArrowException, tarfile.TarError) as error:
+        raise DataError(
+            f"{shown(target.name)} cannot be filtered: {str(error)[:120]}; nothing was written"
+        ) from error
+
+
+def _copy_parquet(source: ParquetSource, out: Path, progress: Progress) -> None:
+    done = 0
     for shard, rows in source.rows_by_shard():
-        original, target = source.root / shard, out / shard
-        target.parent.mkdir(parents=True, exist_ok=True)
-        keep = set(rows)
-        try:
-            with (
-                pq.ParquetFile(original, pre_buffer=False, buffer_size=1 << 20) as file,
-                pq.ParquetWriter(target, file.schema_arrow) as writer,
-            ):
-                start = 0
-                for batch in file.iter_batches(256, use_threads=False):
-                    stay = [row - start for row in range(start, start + batch.num_rows) if row in keep]
-                    if stay:
-                        writer.write_batch(batch.take(pa.array(stay)))
-                    start += batch.num_rows
-        except (OSError, pa.ArrowException) as error:
-            raise DataError(
-                f"{shown(shard)} cannot be filtered: {str(error)[:120]}; nothing was written"
-            ) from error
+        with _new_shard(out / shard) as target:
+            if target is not None:
+                keep = set(rows)
+                with (
+                    pq.ParquetFile(source.root / shard, pre_buffer=False, buffer_size=1 << 20) as file,
+                    pq.ParquetWriter(target, file.schema_arrow) as writer,
+                ):
+                    for batch in _kept_rows(file, keep):
+                        writer.write_batch(batch)
+        done += len(rows)
+        progress("copy images", done, len(source.ids))
 
 
-def _copy_tar(source: TarSource, out: Path) -> None:
+def _kept_rows(
+    file: pq.ParquetFile, keep: Collection[int], columns: list[str] | None = None
+) -> Iterator[pa.RecordBatch]:
+    """The rows with these numbers, a few at a time."""
+    start = 0
+    for batch in file.iter_batches(256, columns=columns, use_threads=False):
+        stay = [row - start for row in range(start, start + batch.num_rows) if row in keep]
+        if stay:
+            yield batch.take(pa.array(stay))
+        start += batch.num_rows
+
+
+def _copy_tar(source: TarSource, out: Path, progress: Progress) -> None:
     kept: dict[str, set[str]] = {}
     for id in source.ids:
         shard, member = source.members[id]
         kept.setdefault(shard, set()).add(member.name)
+    done = 0
     for shard, names in kept.items():
-        target = out / shard
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with tarfile.open(source.root / shard, "r:") as original, tarfile.open(target, "w:") as copy:
-                headers = original.getmembers()
-                stay = {sample_key(name) for name in names}
-                go = {sample_key(header.name) for header in headers if _is_image(header.name)} - stay
-                written: set[str] = set()
-                for header in headers:
-                    wanted = (
-                        header.name in names if _is_image(header.name) else sample_key(header.name) not in go
-                    )
-                    if wanted and header.isreg() and header.name not in written:
-                        written.add(header.name)
-                        copy.addfile(header, original.extractfile(header))
-        except (OSError, tarfile.TarError) as error:
-            raise DataError(
-                f"{shown(shard)} cannot be filtered: {str(error)[:120]}; nothing was written"
-            ) from error
+        with _new_shard(out / shard) as target:
+            if target is not None:
+                with tarfile.open(source.root / shard, "r:") as original, tarfile.open(target, "w:") as copy:
+                    headers = original.getmembers()
+                    stay = {sample_key(name) for name in names}
+                    go = {sample_key(header.name) for header in headers if _is_image(header.name)} - stay
+                    written: set[str] = set()
+                    for header in headers:
+                        wanted = (
+                            header.name in names
+                            if _is_image(header.name)
+                            else sample_key(header.name) not in go
+                        )
+                        if wanted and header.isreg() and header.name not in written:
+                            written.add(header.name)
+                            copy.addfile(header, original.extractfile(header))
+        done += len(names)
+        progress("copy images", done, len(source.ids))
 
 
 def _is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES | UNREAD_SUFFIXES
 
 
-def _compare(source: ImageSource, copy: Path) -> int:
+def _compare(source: ImageSource, copy: Path, progress: Progress) -> int:
     """Read source and copy side by side, in the order of the ids; returns the number of bytes that are equal."""
     total = 0
     shards = isinstance(source, ParquetSource | TarSource)
@@ -271,12 +332,58 @@ def _compare(source: ImageSource, copy: Path) -> int:
         raise DataError(
             f"the copy holds {len(copied.ids)} images instead of {len(source.ids)}; nothing was written"
         )
-    for theirs, ours in zip(source.stream(), copied.stream(), strict=True):
+    pairs = zip(source.stream(), copied.stream(), strict=True)
+    for done, (theirs, ours) in enumerate(pairs, start=1):
         if theirs.data is None or theirs.data != ours.data:
             reason = theirs.reason or "the copy differs from the original"
             raise DataError(f"{theirs.id!r} cannot be copied: {reason}; nothing was written")
         total += len(theirs.data)
+        progress("compare with the original", done, len(source.ids))
+    if isinstance(source, ParquetSource):
+        for shard, rows in source.rows_by_shard():
+            _compare_columns(source.root / shard, copy / shard, set(rows))
+    elif isinstance(source, TarSource):
+        for shard in dict.fromkeys(source.members[id][0] for id in source.ids):
+            _compare_members(source.root / shard, copy / shard)
     return total
+
+
+def _compare_columns(original: Path, copy: Path, rows: set[int]) -> None:
+    """The columns beside the images, such as labels, value by value."""
+    image = parquet_image_column(original)
+    with pq.ParquetFile(original) as theirs, pq.ParquetFile(copy) as ours:
+        others = [name for name in theirs.schema_arrow.names if name != image]
+        if not others:
+            return
+        before = _digest(_kept_rows(theirs, rows, others))
+        after = _digest(_kept_rows(ours, range(len(rows)), others))
+    if before != after:
+        raise DataError(
+            f"{shown(copy.name)}: a column of the copy differs from the original; nothing was written"
+        )
+
+
+def _digest(batches: Iterable[pa.RecordBatch]) -> bytes:
+    """Of the values as text, because a missing number does not equal itself."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for row in batch.to_pylist():
+            digest.update(f"{row}\n".encode("utf-8", "surrogatepass"))
+    return digest.digest()
+
+
+def _compare_members(original: Path, copy: Path) -> None:
+    """The files beside the images, such as labels, byte by byte."""
+    with tarfile.open(original, "r:") as theirs, tarfile.open(copy, "r:") as ours:
+        first: dict[str, tarfile.TarInfo] = {}
+        for header in theirs:
+            first.setdefault(header.name, header)
+        for header in ours:
+            before, after = theirs.extractfile(first[header.name]), ours.extractfile(header)
+            if before is None or after is None or before.read() != after.read():
+                raise DataError(
+                    f"{shown(header.name)} in the copy differs from the original; nothing was written"
+                )
 
 
 def _sync_folder(folder: Path) -> None:

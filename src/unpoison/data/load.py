@@ -30,7 +30,7 @@ from unpoison.errors import ConfigError, DataError, NothingToScanError, ShapeErr
 from unpoison.records import Geometry, ImageSet, Skipped
 from unpoison.runtime import Progress, silent, stage_generator
 
-__all__ = ["as_image_set", "load_images", "usual_side"]
+__all__ = ["as_image_set", "fingerprint_of", "load_images", "usual_side"]
 
 _SCHEMA = 1
 _PIXELS, _INDEX = "pixels.u8", "images.json"
@@ -101,6 +101,12 @@ def load_images(
     if store is None:
         return _in_memory(source, geometry, rows)
     return _in_store(source, geometry, rows, store, request)
+
+
+def fingerprint_of(source: ImageSource) -> str:
+    """The fingerprint that `load_images` gives all images of a source; reads every byte and decodes nothing."""
+    digests = [(raw.id, "-" if raw.data is None else _digest(raw.data)) for raw in source.stream()]
+    return _fingerprint([*digests, *((entry.id, "-") for entry in source.refused)])
 
 
 def as_image_set(
@@ -183,7 +189,7 @@ def _decode_all(
     def decode(raw: RawImage) -> _Row:
         if raw.data is None:
             return raw.id, None, raw.reason or "cannot be read", "-"
-        digest = hashlib.blake2b(raw.data, digest_size=16).hexdigest()
+        digest = _digest(raw.data)
         try:
             return raw.id, to_square(decode_image(raw.data, max_pixels=max_pixels), geometry), "", digest
         except DataError as error:
@@ -243,6 +249,10 @@ class _Collector:
 
     def fingerprint(self) -> str:
         return _fingerprint(self._digests.items())
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def _fingerprint(digests: Iterable[tuple[str, str]]) -> str:
@@ -334,7 +344,7 @@ def _from_tensor(images: Tensor) -> ImageSet:
     ids = tuple(str(row).zfill(digits) for row in range(len(images)))
     pixels = images.contiguous(memory_format=torch.channels_last)
     rows = pixels.permute(0, 2, 3, 1).numpy()
-    digests = [hashlib.blake2b(row.tobytes(), digest_size=16).hexdigest() for row in rows]
+    digests = [_digest(row.tobytes()) for row in rows]
     return ImageSet(ids, pixels, (), _fingerprint(zip(ids, digests, strict=True)))
 
 

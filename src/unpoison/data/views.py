@@ -25,7 +25,7 @@ class ViewConfig:
         crop: smallest share of the area that a crop keeps, (0, 1].
         flip: mirror left and right with probability ½.
         jitter: strengths of brightness, contrast, saturation and hue, as in torchvision's ColorJitter.
-        jitter_probability, grey_probability, blur_probability: in [0, 1], decided per image.
+        jitter_probability, grey_probability, blur_probability, solarise_probability: in [0, 1], decided per image.
     """
 
     crop: float = 0.3
@@ -34,6 +34,7 @@ class ViewConfig:
     jitter_probability: float = 0.8
     grey_probability: float = 0.0
     blur_probability: float = 0.0
+    solarise_probability: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 < self.crop <= 1:
@@ -42,13 +43,13 @@ class ViewConfig:
             raise ConfigError(
                 f"jitter={self.jitter}: expected three strengths in [0, 1] and a hue in [0, 0.5]"
             )
-        for name in ("jitter_probability", "grey_probability", "blur_probability"):
+        for name in ("jitter_probability", "grey_probability", "blur_probability", "solarise_probability"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected a probability in [0, 1]")
 
 
 def random_views(images: Tensor, config: ViewConfig, *, generator: torch.Generator) -> Tensor:
-    """One random view of each image: crop and flip, colour jitter, greyscale, blur, in this order.
+    """One random view of each image: crop and flip, colour jitter, greyscale, blur, solarisation, in this order.
 
     Brightness, contrast, saturation, hue and greyscale are one affine map of colours per image, so that the batch
     is read once; torchvision draws their order anew and clamps between them, which only differs where values
@@ -82,7 +83,7 @@ def crop_and_flip(images: Tensor, config: ViewConfig, *, generator: torch.Genera
 
 
 def recolour(views: Tensor, config: ViewConfig, *, generator: torch.Generator) -> Tensor:
-    """The second half of `random_views`: colour jitter, greyscale and blur.
+    """The second half of `random_views`: colour jitter, greyscale, blur and solarisation.
 
     Args:
         views: (N, 3, S, S) float32 in [0, 1], on any device; unchanged.
@@ -101,6 +102,12 @@ def recolour(views: Tensor, config: ViewConfig, *, generator: torch.Generator) -
         views = flat.view_as(views).clamp_(0, 1)
     if config.blur_probability > 0:
         views = _blur(views, config.blur_probability, generator)
+    if config.solarise_probability > 0:
+        chosen = torch.rand(n, generator=generator) < config.solarise_probability
+        inverted = torch.where(
+            views >= 128 / 255, 1 - views, views
+        )  # the bright half, as torchvision's at 128
+        views = torch.where(chosen.to(views.device)[:, None, None, None], inverted, views)
     return views
 
 

@@ -1,14 +1,16 @@
-"""Architecture names to timm networks, with a small stem for small images."""
+"""Architecture names to timm networks: with a small stem, or small patches, for small images."""
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any, cast
 
 import timm
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
-from torch import nn
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
 
 from unpoison.errors import ConfigError
 
@@ -24,15 +26,24 @@ _RESNETS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...]]]
     "resnet50": (Bottleneck, (3, 4, 6, 3)),
 }
 
+_VITS: dict[str, tuple[int | None, int, int | None]] = {
+    "vit_tiny": (None, 6, None),  # ours: 4 × width features and heads of 32, for small images and processors
+    "vit_small": (384, 12, 12),  # MoCo v3's, which has 12 heads where others have 6
+    "vit_base": (768, 12, 12),
+}
+"""Features per token, blocks and heads."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
     """All that is needed to build a network again; stored beside its weights.
 
     Attributes:
-        name: `resnet10`, `resnet18`, `resnet34`, `resnet50`, or any timm model name.
+        name: `resnet10`, `resnet18`, `resnet34`, `resnet50`, `vit_tiny`, `vit_small`, `vit_base`, or any timm model
+            name. The patches of our ViTs have 4 pixels up to 48 px, 8 below 96 px, 16 above.
         image_size: side of the images that it is built for, in pixels.
-        width: channels of the first ResNet stage (64 in the paper); later stages double it.
+        width: channels of the first ResNet stage (64 in the paper); later stages double it. A quarter of the features
+            of `vit_tiny`. Other networks have their own.
         stem_stride: stride of the ResNet stem below 96 px: 1 is the CIFAR stem of the papers, 2 and 4 are faster.
             None picks 2 up to 48 px and 4 above. Ignored from 96 px on, where the ImageNet stem is used.
     """
@@ -57,13 +68,15 @@ def build_backbone(architecture: Architecture) -> nn.Module:
     Initialisation draws from torch's global generator; wrap the call in `runtime.seeded`.
 
     Raises:
-        ConfigError: no such architecture.
+        ConfigError: no such architecture, or the images cannot be cut into its patches.
     """
     if architecture.name in _RESNETS:
         return _resnet(architecture)
+    if architecture.name in _VITS:
+        return _vit(architecture)
     name = architecture.name
     if not re.fullmatch(r"[A-Za-z0-9_.\-]+", name) or not timm.is_model(name):
-        near = ", ".join(sorted(_RESNETS))
+        near = ", ".join((*_RESNETS, *_VITS))
         raise ConfigError(
             f"architecture {name!r}: expected one of {near}, or a timm model name (timm.list_models())"
         )
@@ -101,3 +114,32 @@ def _resnet(architecture: Architecture) -> nn.Module:
     network.conv1 = nn.Conv2d(3, stem, kernel, stride, padding, bias=False)
     nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
     return cast(nn.Module, network)
+
+
+def _vit(architecture: Architecture) -> nn.Module:
+    """The class token after the last norm is the feature vector."""
+    features, depth, heads = _VITS[architecture.name]
+    size = architecture.image_size
+    patch = 4 if size <= 48 else 8 if size < SMALL_IMAGE else 16
+    if size % patch:
+        raise ConfigError(
+            f"image_size={size}: {architecture.name} cuts it into patches of {patch} pixels; use a multiple of {patch}"
+        )
+    features = features or 4 * architecture.width
+    network = VisionTransformer(
+        img_size=size,
+        patch_size=patch,
+        num_classes=0,
+        embed_dim=features,
+        depth=depth,
+        num_heads=heads or math.gcd(features, max(1, features // 32)),
+        weight_init="moco",
+    )
+    for block in cast(Any, network.blocks):
+        block.attn.register_forward_pre_hook(_choose_attention_kernel)
+    return cast(nn.Module, network)
+
+
+def _choose_attention_kernel(attention: Any, inputs: tuple[Tensor, ...]) -> None:
+    """On a processor plain products: for so few tokens torch's fused kernel trains at a fifth of their speed there."""
+    attention.fused_attn = inputs[0].is_cuda

@@ -44,7 +44,7 @@ from unpoison.errors import CheckpointError, ConfigError
 from unpoison.records import Geometry
 from unpoison.runtime import seeded
 
-__all__ = ["ENCODER_SCHEMA", "as_encoder", "load_encoder", "save_encoder"]
+__all__ = ["ENCODER_SCHEMA", "Training", "as_encoder", "load_encoder", "read_training", "save_encoder"]
 
 ENCODER_SCHEMA = "unpoison/encoder/1"
 """What our own files call themselves; the number grows when an older reader would misread a newer file."""
@@ -132,7 +132,26 @@ class Trained(Protocol):
         """Mean loss of every epoch."""
 
 
-def save_encoder(trained: Trained, path: Path | str) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How one of our own encoder files came about.
+
+    Attributes:
+        config: the settings of its training, of the type that was asked for.
+        image_size: side of its images, pixels.
+        seed: of every draw.
+        fingerprint: of the images.
+        weights: digest of the file, as `Encoder.fingerprint`.
+    """
+
+    config: Any
+    image_size: int
+    seed: int
+    fingerprint: str
+    weights: str
+
+
+def save_encoder(trained: Trained, path: Path | str, *, retrained: Mapping[str, Any] | None = None) -> None:
     """Write an encoder as one .safetensors file that says how to build and feed it.
 
     The file is complete or absent, never partial, and the same encoder always gives the same bytes.
@@ -140,6 +159,7 @@ def save_encoder(trained: Trained, path: Path | str) -> None:
     Args:
         trained: what pre-training gave.
         path: must end in .safetensors; an existing file is replaced.
+        retrained: of an encoder that replaces another one: which, and what it was not shown; plain JSON values.
 
     Raises:
         ConfigError: the name does not end in .safetensors.
@@ -166,6 +186,8 @@ def save_encoder(trained: Trained, path: Path | str) -> None:
             "timm": timm.__version__,
         },
     }
+    if retrained is not None:
+        metadata["retrained"] = dict(retrained)
     data = _serialise(tensors, {key: json.dumps(value, sort_keys=True) for key, value in metadata.items()})
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -417,6 +439,45 @@ def _from_own_file(
     network, _ = _fit_weights(lambda: build_backbone(architecture), tensors, architecture.name, path)
     return options.encoder(
         network, preprocessing, f"{path.name} ({method} {architecture.name})", _digest_file(path)
+    )
+
+
+def read_training(path: Path | str, kind: type[Any]) -> Training | None:
+    """What a file of ours says about its training; None for any other file. No weight is looked at.
+
+    Args:
+        path: an encoder file.
+        kind: the dataclass of the settings, `pretrain.loop.PretrainConfig`.
+
+    Raises:
+        ConfigError: there is no such file.
+        CheckpointError: the file is damaged, or names settings that this version does not know.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"encoder {str(path)!r}: no such file; expected the weights file of an encoder")
+    if path.suffix != ".safetensors":
+        return None
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{path}: not a readable .safetensors file ({_line(error)})") from error
+    if "unpoison/" not in metadata.get("schema", ""):
+        return None
+    stored = _from_json(path, metadata, "config")
+    unknown = sorted(set(stored) - set(kind.__dataclass_fields__)) if isinstance(stored, dict) else []
+    if unknown:
+        raise CheckpointError(
+            f"{path}: trained with the setting {unknown[0]!r}, which this version does not know; "
+            "use the unpoison that wrote it"
+        )
+    return Training(
+        config=_validated(path, metadata, "config", kind),
+        image_size=_validated(path, metadata, "preprocessing", Preprocessing).geometry.size,
+        seed=_validated(path, metadata, "seed", int),
+        fingerprint=_validated(path, metadata, "fingerprint", str),
+        weights=_digest_file(path),
     )
 
 

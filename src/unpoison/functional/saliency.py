@@ -31,7 +31,8 @@ def grad_cam(
 
     Args:
         network: in evaluation mode, from normalised images to (N, D) features; no parameter's gradient changes.
-        layer: a module inside it whose output is a map (N, C, H, W) or tokens (N, T, C).
+        layer: a module inside it whose output is a map (N, C, H, W) or tokens (N, T, C); (N, H, W, C) in networks
+            that say so, timm's `output_fmt`.
         images: (N, 3, S, S) float, normalised, on the network's device; unchanged.
         target: from the (N, D) features to one scalar per image, (N,).
 
@@ -85,9 +86,9 @@ def grad_cam(
 
 
 def _as_map(output: Tensor, network: nn.Module, images: torch.Size) -> Tensor:
-    """Tokens as a map: prefix tokens dropped, the others on their grid; maps as they are."""
+    """Tokens as a map: prefix tokens dropped, the others on their grid; maps with channels first."""
     if output.ndim == 4:
-        return output
+        return output.permute(0, 3, 1, 2) if _channels_last(network) else output
     n, tokens, channels = output.shape
     rows, columns = _token_grid(network, tokens, images)
     return output[:, tokens - rows * columns :].transpose(1, 2).reshape(n, channels, rows, columns)
@@ -95,12 +96,13 @@ def _as_map(output: Tensor, network: nn.Module, images: torch.Size) -> Tensor:
 
 def _token_grid(network: nn.Module, tokens: int, images: torch.Size) -> tuple[int, int]:
     """Rows and columns of the patch tokens; class and register tokens come before them."""
-    patch = getattr(getattr(network, "patch_embed", None), "patch_size", None)
+    transformer = next((m for m in network.modules() if hasattr(m, "patch_embed")), network)
+    patch = getattr(getattr(transformer, "patch_embed", None), "patch_size", None)
     if isinstance(patch, tuple) and len(patch) == 2:
         rows, columns = images[2] // patch[0], images[3] // patch[1]
-        if tokens - rows * columns == getattr(network, "num_prefix_tokens", tokens - rows * columns) >= 0:
+        if tokens - rows * columns == getattr(transformer, "num_prefix_tokens", tokens - rows * columns) >= 0:
             return rows, columns
-    prefix = getattr(network, "num_prefix_tokens", None)
+    prefix = getattr(transformer, "num_prefix_tokens", None)
     side = math.isqrt(tokens - prefix if isinstance(prefix, int) else tokens)
     if isinstance(prefix, int) and side * side != tokens - prefix:
         raise ShapeError(f"{tokens} tokens, {prefix} of them no patches: the others form no square grid")
@@ -111,8 +113,9 @@ def choose_layer(network: nn.Module, image_size: int, minimum_side: int = 8) -> 
     """The deepest layer whose map is still fine enough to show a small trigger.
 
     Args:
-        network: a vision transformer of timm (then the norm before its last attention is taken: every patch token
-            is visible there, and its output still decides the features), a ResNet, or any network with maps.
+        network: a vision transformer of timm or torchvision, bare or inside another module (then the norm before its
+            last attention is taken: every patch token is visible there, and its output still decides the features), a
+            ResNet, or any network with maps.
         image_size: S, side of the images in pixels.
         minimum_side: of the map, in cells, where the network has such a map at all; else its finest one is taken.
 
@@ -122,14 +125,19 @@ def choose_layer(network: nn.Module, image_size: int, minimum_side: int = 8) -> 
     Raises:
         ConfigError: no module of the network gives a map.
     """
-    blocks = getattr(network, "blocks", None)
-    if hasattr(network, "patch_embed") and isinstance(blocks, nn.Sequential | nn.ModuleList) and len(blocks):
-        norm = getattr(blocks[-1], "norm1", None)
-        if isinstance(norm, nn.Module):
-            return norm
+    norm = _norm_before_last_attention(network)
+    if norm is not None:
+        return norm
     stages = [getattr(network, f"layer{i}", None) for i in range(1, 5)]
     resnet = all(isinstance(stage, nn.Module) for stage in stages)
-    candidates = [s for s in stages if isinstance(s, nn.Module)] if resnet else list(network.modules())[1:]
+    row = getattr(network, "layers", None)
+    if _channels_last(network) and isinstance(row, nn.Module):
+        # Of all its maps these alone are sure to be (N, H, W, C).
+        candidates = list(row.children())
+    elif resnet:
+        candidates = [stage for stage in stages if isinstance(stage, nn.Module)]
+    else:
+        candidates = list(network.modules())[1:]
     maps = _map_sides(network, candidates, image_size)
     if not maps:
         raise ConfigError(
@@ -139,6 +147,26 @@ def choose_layer(network: nn.Module, image_size: int, minimum_side: int = 8) -> 
     return fine[-1] if fine else max(maps, key=lambda pair: pair[1])[0]
 
 
+def _norm_before_last_attention(network: nn.Module) -> nn.Module | None:
+    """Of a vision transformer with one row of equal blocks; None for any other network."""
+    for module in network.modules():
+        if hasattr(module, "patch_embed"):
+            blocks, name = getattr(module, "blocks", None), "norm1"  # timm
+        elif hasattr(module, "conv_proj"):
+            blocks, name = getattr(getattr(module, "encoder", None), "layers", None), "ln_1"  # torchvision
+        else:
+            continue
+        norm = getattr(blocks[-1], name, None) if isinstance(blocks, nn.Sequential | nn.ModuleList) else None
+        if isinstance(norm, nn.Module):
+            return norm
+    return None
+
+
+def _channels_last(network: nn.Module) -> bool:
+    """Whether the network lays its maps out as (N, H, W, C), as timm's Swin transformers do."""
+    return str(getattr(network, "output_fmt", "NCHW")).endswith("NHWC")
+
+
 def _map_sides(
     network: nn.Module, candidates: list[nn.Module], image_size: int
 ) -> list[tuple[nn.Module, int]]:
@@ -146,8 +174,10 @@ def _map_sides(
     sides: list[tuple[nn.Module, int]] = []
 
     def note(module: nn.Module, _inputs: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.ndim == 4 and min(output.shape[2:]) > 1:
-            sides.append((module, min(output.shape[2:])))
+        if isinstance(output, Tensor) and output.ndim == 4:
+            side = min(output.shape[1:3] if _channels_last(network) else output.shape[2:])
+            if side > 1:
+                sides.append((module, side))
 
     training = {module: module.training for module in network.modules()}
     weight = next(itertools.chain(network.parameters(), network.buffers()), torch.empty(0))

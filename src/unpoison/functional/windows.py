@@ -10,11 +10,13 @@ from unpoison.errors import ShapeError
 
 __all__ = [
     "attention_map",
+    "block_masks",
     "crop_windows",
     "grid_masks",
     "hide",
     "hottest_windows",
     "paste_windows",
+    "pixel_masks",
     "random_masks",
 ]
 
@@ -64,6 +66,55 @@ def random_masks(size: int, side: int, count: int, *, generator: torch.Generator
     distance = (torch.arange(size) - corners[:, :, None]) % size  # (count, 2, S)
     hidden = distance < side
     return hidden[:, 0, :, None] & hidden[:, 1, None, :]
+
+
+def block_masks(size: int, side: int, count: int, *, generator: torch.Generator) -> Tensor:
+    """Windows placed as by `random_masks`, of which every other block is hidden, as on a chessboard.
+
+    Blocks have a side of w/4, at least one pixel; the last of a row or column is cut off where w is no multiple. The
+    corner block is hidden, so half of the window is, rounded in its favour. The same generator state gives the same
+    windows as `random_masks`.
+
+    Returns:
+        (count, S, S) bool, True = hidden.
+
+    Source:
+        PoisonCAM, section VI-D, mask strategy "0-1 interval"; the side of its blocks is not stated.
+    """
+    _check_window(size, side)
+    corners = torch.randint(0, size, (count, 2), generator=generator)
+    block = torch.arange(side) // max(1, side // 4)
+    pattern = (block[:, None] + block) % 2 == 0
+    return _place_cyclic(pattern.expand(count, -1, -1), corners, size)
+
+
+def pixel_masks(size: int, side: int, count: int, *, generator: torch.Generator) -> Tensor:
+    """Windows placed as by `random_masks`, of which a random half of the pixels is hidden.
+
+    Each mask draws its own pixels, ⌈w²/2⌉ of them. The same generator state gives the same windows as `random_masks`.
+
+    Returns:
+        (count, S, S) bool, True = hidden.
+
+    Source:
+        PoisonCAM, section VI-D, mask strategy "random"; its share of hidden pixels is not stated.
+    """
+    _check_window(size, side)
+    corners = torch.randint(0, size, (count, 2), generator=generator)
+    rank = torch.rand(count, side * side, generator=generator).argsort(dim=1).argsort(dim=1)
+    pattern = (rank < (side * side + 1) // 2).view(count, side, side)
+    return _place_cyclic(pattern, corners, size)
+
+
+def _place_cyclic(patterns: Tensor, corners: Tensor, size: int) -> Tensor:
+    """(n, w, w) bool patterns at (n, 2) corners of images of `size` pixels, wrapped around the border."""
+    side = patterns.shape[-1]
+    offset = (torch.arange(size) - corners[:, :, None]) % size  # (n, 2, S)
+    inside = offset < side
+    rows, columns = offset.clamp_max(side - 1).unbind(dim=1)
+    index = torch.arange(len(patterns))[:, None, None]
+    placed = patterns[index, rows[:, :, None], columns[:, None, :]]
+    return placed & inside[:, 0, :, None] & inside[:, 1, None, :]
 
 
 def hide(images: Tensor, masks: Tensor, fill: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Protocol, cast
+from typing import ClassVar, Protocol, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,11 @@ from unpoison.encoders.backbones import Architecture, build_backbone
 from unpoison.encoders.checkpoints import unpickle_restricted
 from unpoison.encoders.encoder import Encoder, Preprocessing
 from unpoison.errors import CheckpointError, ConfigError, NothingToScanError, NoVerdictError
+from unpoison.pretrain.byol import BYOL
+from unpoison.pretrain.collapse import measure_diversity
 from unpoison.pretrain.moco import MoCoV2
+from unpoison.pretrain.moco_v3 import MoCoV3
+from unpoison.pretrain.recipe import OPTIMISERS, Recipe
 from unpoison.pretrain.simclr import SimCLR
 from unpoison.records import Geometry, ImageSet
 from unpoison.runtime import (
@@ -36,62 +40,108 @@ from unpoison.runtime import (
 
 __all__ = ["METHODS", "PretrainConfig", "TrainedEncoder", "pretrain"]
 
-METHODS = ("moco-v2", "simclr")
-
 
 class _Method(Protocol):
     """What the loop asks of a method's module."""
 
+    RECIPE: ClassVar[Recipe]
     backbone: nn.Module
 
-    def __call__(self, first: Tensor, second: Tensor) -> Tensor: ...
-    def after_step(self) -> None: ...
+    @classmethod
+    def from_recipe(cls, backbone: nn.Module, feature_size: int, recipe: Recipe) -> Self:
+        """The module around a backbone with `feature_size` features."""
+
+    def __call__(self, first: Tensor, second: Tensor) -> Tensor:
+        """The loss of a batch of two normalised views."""
+
+    def after_step(self, done: float) -> None:
+        """What follows a step of the optimiser; `done` is the share of all steps, (0, 1]."""
+
+
+METHODS: dict[str, type[_Method]] = {"moco-v2": MoCoV2, "simclr": SimCLR, "moco-v3": MoCoV3, "byol": BYOL}
+"""Name to what is trained; a method is added here."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """Settings of self-supervised pre-training; defaults suit small images and minutes on a CPU.
+    """Settings of self-supervised pre-training; None takes the method's own, which suits minutes on a CPU.
 
     Attributes:
-        method: `moco-v2` or `simclr`.
+        method: a name in `METHODS`.
         arch, width, stem_stride: see `encoders.backbones.Architecture`.
         epochs: passes over the images.
         batch_size: images per step; lowered to the number of images when there are fewer.
+        optimiser: `sgd` or `adamw`.
         learning_rate: for a batch of 256; scaled linearly with the batch.
-        momentum, weight_decay: of SGD with Nesterov's momentum.
-        warmup_epochs: the rate rises linearly for so long, then falls as a cosine to zero.
-        temperature: of the contrastive loss; None takes the method's own (MoCo v2 0.2, SimCLR 0.5).
-        key_momentum, queue_size: of MoCo; the queue is lowered to half of the images.
+        momentum: of SGD (Nesterov's); the first beta of AdamW.
+        weight_decay: of kernels and matrices.
+        warmup_epochs: the rate rises linearly for so long, at most half of the training, then falls as a cosine to
+            zero.
+        temperature: of the contrastive loss; BYOL has none.
+        key_momentum: of the moving average that makes MoCo's keys and BYOL's targets; it rises to 1 but for MoCo v2.
+            SimCLR has none.
+        queue_size: of MoCo v2 alone; lowered to half of the images.
+        head_hidden, head_out: sizes of the heads.
         views: strengths of the augmentation.
+        second_views: of the second view, where it differs.
     """
 
     method: str = "moco-v2"
-    arch: str = "resnet10"
+    arch: str | None = None
     width: int = 32
     stem_stride: int | None = None
     epochs: int = 20
     batch_size: int = 256
-    learning_rate: float = 0.3
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    warmup_epochs: float = 2.0
+    optimiser: str | None = None
+    learning_rate: float | None = None
+    momentum: float | None = None
+    weight_decay: float | None = None
+    warmup_epochs: float | None = None
     temperature: float | None = None
-    key_momentum: float = 0.99
-    queue_size: int = 2048
+    key_momentum: float | None = None
+    queue_size: int | None = None
+    head_hidden: int | None = None
+    head_out: int | None = None
     views: ViewConfig = field(default_factory=ViewConfig)
+    second_views: ViewConfig | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ConfigError(f"method {self.method!r}: expected {' or '.join(METHODS)}")
-        for name in ("epochs", "batch_size", "queue_size"):
-            if getattr(self, name) < (2 if name == "batch_size" else 1):
-                raise ConfigError(f"{name}={getattr(self, name)}: expected a larger whole number")
-        if not self.learning_rate > 0:
-            raise ConfigError(f"learning_rate={self.learning_rate}: expected a positive number")
-        if self.temperature is not None and not self.temperature > 0:
-            raise ConfigError(f"temperature={self.temperature}: expected a positive number")
-        if not 0 <= self.key_momentum < 1:
-            raise ConfigError(f"key_momentum={self.key_momentum}: expected a number in [0, 1)")
+        if self.optimiser not in (*OPTIMISERS, None):
+            raise ConfigError(f"optimiser {self.optimiser!r}: expected {' or '.join(OPTIMISERS)}")
+        least = {"epochs": 1, "batch_size": 2, "queue_size": 1, "head_hidden": 1, "head_out": 2}
+        for name, value in self._given(*least):
+            if value < least[name]:
+                raise ConfigError(f"{name}={value}: expected a larger whole number")
+        for name, value in self._given("learning_rate", "temperature"):
+            if not value > 0:
+                raise ConfigError(f"{name}={value}: expected a positive number")
+        for name, value in self._given("weight_decay", "warmup_epochs"):
+            if not value >= 0:
+                raise ConfigError(f"{name}={value}: expected a number of at least 0")
+        for name, value in self._given("momentum", "key_momentum"):
+            if not 0 <= value < 1:
+                raise ConfigError(f"{name}={value}: expected a number in [0, 1)")
+        for name, value in self._given("temperature", "key_momentum"):
+            if getattr(METHODS[self.method].RECIPE, name) is None:
+                raise ConfigError(f"{name}={value}: {self.method} has no such setting; leave it out")
+
+    def _given(self, *names: str) -> Iterator[tuple[str, float]]:
+        """Those of these settings that are not left to the method."""
+        for name in names:
+            if getattr(self, name) is not None:
+                yield name, getattr(self, name)
+
+    @property
+    def recipe(self) -> Recipe:
+        """The method's own recipe, with what is given here in its place."""
+        given = {f.name: getattr(self, f.name) for f in fields(Recipe) if getattr(self, f.name) is not None}
+        return replace(METHODS[self.method].RECIPE, **given)
+
+    def resolve(self) -> PretrainConfig:
+        """The same settings, with None only where the method has no such setting."""
+        return replace(self, **asdict(self.recipe), second_views=self.second_views or self.views)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +152,7 @@ class TrainedEncoder:
         encoder: ready to use.
         architecture: rebuilds the network.
         losses: mean loss of every epoch.
-        config, seed, fingerprint: of the run; `fingerprint` is that of the images.
+        config, seed, fingerprint: of the run; `config` is resolved, `fingerprint` is that of the images.
     """
 
     encoder: Encoder
@@ -138,43 +188,44 @@ def pretrain(
     Raises:
         NothingToScanError: fewer than two images.
         ConfigError: the checkpoint belongs to another run.
-        NoVerdictError: the loss is no longer a number, or the features collapsed to one point.
+        NoVerdictError: after an epoch, the loss is no number, or the features collapsed to one point or one line.
     """
     if len(images) < 2:
         raise NothingToScanError(f"pre-training needs at least 2 images, got {len(images)}")
+    config, recipe = config.resolve(), config.recipe
     on = choose_device(device)
     dtype = choose_precision(precision, on)
     preprocessing = _measure_preprocessing(images)
     architecture = Architecture(
-        name=config.arch, image_size=images.size, width=config.width, stem_stride=config.stem_stride
+        name=recipe.arch, image_size=images.size, width=config.width, stem_stride=config.stem_stride
     )
     batch_size = min(config.batch_size, len(images))
+    # A queue that holds most of the data set would hold each image's own older key as a negative.
+    recipe = replace(recipe, queue_size=max(batch_size, min(recipe.queue_size, len(images) // 2)))
     with seeded(seed, "pretrain/initialisation"):
-        module = _build(architecture, config, len(images), batch_size).to(
-            on, memory_format=torch.channels_last
-        )  # type: ignore[call-overload]
-    method = cast(_Method, module)
-    optimiser = torch.optim.SGD(
-        _decay_groups(module, config.weight_decay),
-        lr=config.learning_rate,
-        momentum=config.momentum,
-        nesterov=config.momentum > 0,
-    )
+        method = _build(architecture, METHODS[config.method], recipe)
+    module = cast(nn.Module, method).to(on, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimiser = OPTIMISERS[recipe.optimiser](module, recipe)
     state = _Checkpoint(checkpoint, {"config": asdict(config), "seed": seed, "images": images.fingerprint})
     losses = state.restore(module, optimiser)
     steps_per_epoch = len(images) // batch_size
+    steps = config.epochs * steps_per_epoch
     mean, std = (torch.tensor(v, device=on).view(1, 3, 1, 1) for v in (preprocessing.mean, preprocessing.std))
+    sample = images.pixels[:: max(1, len(images) // _SAMPLE)][:_SAMPLE]
     for epoch in range(len(losses), config.epochs):
         generator = stage_generator(seed, f"pretrain/epoch/{epoch}")
         total = torch.zeros((), device=on)
         module.train()
-        for step, rows in enumerate(_batches(len(images), batch_size, generator)):
-            rate = _rate(epoch + step / steps_per_epoch, config) * config.learning_rate * batch_size / 256
+        for step, rows in enumerate(
+            _batches(len(images), batch_size, generator), start=epoch * steps_per_epoch
+        ):
+            rate = _rate(step / steps_per_epoch, config.epochs, recipe.warmup_epochs)
             for group in optimiser.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * recipe.learning_rate * batch_size / 256
             batch = images.pixels[rows].to(on)
             first, second = (
-                (random_views(batch, config.views, generator=generator) - mean) / std for _ in range(2)
+                (random_views(batch, views, generator=generator) - mean) / std
+                for views in (config.views, config.second_views or config.views)
             )
             with autocast(on, dtype):
                 loss = method(
@@ -184,20 +235,22 @@ def pretrain(
             optimiser.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
-            method.after_step()
+            method.after_step((step + 1) / steps)
             total += loss.detach()
-            done = (epoch * steps_per_epoch + step + 1) * batch_size
-            progress(f"pretrain {config.method}", done, config.epochs * steps_per_epoch * batch_size)
+            progress(f"pretrain {config.method}", (step + 1) * batch_size, steps * batch_size)
         losses = (*losses, float(total) / steps_per_epoch)
-        if not math.isfinite(losses[-1]):
-            raise NoVerdictError(f"the loss became {losses[-1]} in epoch {epoch + 1}; lower --learning-rate")
+        with autocast(on, dtype):
+            _refuse_collapse(method.backbone, (sample.to(on).float() / 255 - mean) / std, losses)
         state.save(module, optimiser, losses)
     encoder = Encoder(
-        method.backbone, preprocessing, name=f"{config.method} {config.arch}", device=on, precision=precision
+        method.backbone, preprocessing, name=f"{config.method} {recipe.arch}", device=on, precision=precision
     )
-    _refuse_collapse(encoder, images)
     state.remove()
     return TrainedEncoder(encoder, architecture, losses, config, seed, images.fingerprint)
+
+
+_SAMPLE = 256
+"""Images whose features are looked at after each epoch."""
 
 
 def _measure_preprocessing(images: ImageSet) -> Preprocessing:
@@ -214,31 +267,12 @@ def _measure_preprocessing(images: ImageSet) -> Preprocessing:
     )
 
 
-def _build(architecture: Architecture, config: PretrainConfig, n_images: int, batch_size: int) -> nn.Module:
+def _build(architecture: Architecture, kind: type[_Method], recipe: Recipe) -> _Method:
     backbone = build_backbone(architecture)
     with torch.no_grad():
         probe = torch.zeros(2, 3, architecture.image_size, architecture.image_size)
         feature_size = backbone.eval()(probe).shape[1]
-    if config.method == "simclr":
-        return SimCLR(backbone, feature_size, temperature=config.temperature or 0.5)
-    # A queue that holds most of the data set would hold each image's own older key as a negative.
-    queue_size = max(batch_size, min(config.queue_size, n_images // 2))
-    return MoCoV2(
-        backbone,
-        feature_size,
-        temperature=config.temperature or 0.2,
-        momentum=config.key_momentum,
-        queue_size=queue_size,
-    )
-
-
-def _decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Weight decay for matrices and kernels only; biases and normalisation go without."""
-    trained = [p for p in module.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+    return kind.from_recipe(backbone, feature_size, recipe)
 
 
 def _batches(n: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -247,23 +281,24 @@ def _batches(n: int, batch_size: int, generator: torch.Generator) -> Iterator[Te
     yield from order[: n // batch_size * batch_size].view(-1, batch_size)
 
 
-def _rate(epoch: float, config: PretrainConfig) -> float:
+def _rate(epoch: float, epochs: int, warmup_epochs: float) -> float:
     """Share of the learning rate at a (fractional) epoch: linear warm-up, then half a cosine."""
-    warmup = min(config.warmup_epochs, config.epochs / 2)
+    warmup = min(warmup_epochs, epochs / 2)
     if epoch < warmup:
         return epoch / warmup
-    return 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / max(config.epochs - warmup, 1e-9)))
+    return 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / max(epochs - warmup, 1e-9)))
 
 
-def _refuse_collapse(encoder: Encoder, images: ImageSet) -> None:
-    features = torch.nn.functional.normalize(encoder.features(images.pixels[:256]), dim=1)
-    spread = float(1 - features.mean(dim=0).norm() ** 2)
-    if not spread > 1e-3:  # NaN counts as collapse
+@torch.no_grad()
+def _refuse_collapse(backbone: nn.Module, images: Tensor, losses: tuple[float, ...]) -> None:
+    """Stop a training from which no encoder can come, after the epoch in which it went wrong."""
+    if not math.isfinite(losses[-1]):
+        raise NoVerdictError(f"the loss became {losses[-1]} in epoch {len(losses)}; lower --learning-rate")
+    diversity = measure_diversity(backbone.eval()(images))
+    if diversity.collapsed:
         raise NoVerdictError(
-            f"training collapsed: features differ by {spread:.1e} of their length; "
-            "lower --learning-rate or train longer"
+            f"training collapsed in epoch {len(losses)}: {diversity}; lower --learning-rate or train longer"
         )
-    encoder.images_shown = 0
 
 
 class _Checkpoint:

@@ -8,13 +8,15 @@ Learning", 2020. Batch shuffling is left out: on one device it cannot change any
 
 from __future__ import annotations
 
-import copy
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unpoison.pretrain.heads import projection_head
+from unpoison.pretrain.moving_average import follow, follower
+from unpoison.pretrain.recipe import Recipe
 
 __all__ = ["MoCoV2", "info_nce"]
 
@@ -35,7 +37,8 @@ def info_nce(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> T
         MoCo, equation 1.
     """
     positive = (query * key).sum(dim=1, keepdim=True)
-    logits = torch.cat((positive, query @ queue.T), dim=1) / temperature
+    with torch.autocast(query.device.type, enabled=False):  # differences of logits drown in bfloat16
+        logits = torch.cat((positive, query @ queue.T), dim=1) / temperature
     return F.cross_entropy(logits, torch.zeros(len(query), dtype=torch.int64, device=query.device))
 
 
@@ -51,6 +54,8 @@ class MoCoV2(nn.Module):
         hidden, out: sizes of the projection head.
     """
 
+    RECIPE: ClassVar[Recipe] = Recipe(temperature=0.2, key_momentum=0.99)
+
     queue: Tensor
     position: Tensor
 
@@ -59,22 +64,36 @@ class MoCoV2(nn.Module):
         backbone: nn.Module,
         feature_size: int,
         *,
-        temperature: float = 0.2,
-        momentum: float = 0.99,
-        queue_size: int = 2048,
-        hidden: int = 512,
-        out: int = 128,
+        temperature: float,
+        momentum: float,
+        queue_size: int,
+        hidden: int,
+        out: int,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.projector = projection_head(feature_size, hidden, out)
-        self.key_backbone = copy.deepcopy(backbone).requires_grad_(False)
-        self.key_projector = copy.deepcopy(self.projector).requires_grad_(False)
+        self.key_backbone = follower(backbone)
+        self.key_projector = follower(self.projector)
         self.temperature = temperature
         self.momentum = momentum
         self.register_buffer("queue", F.normalize(torch.randn(queue_size, out), dim=1))
         self.register_buffer("position", torch.zeros((), dtype=torch.int64))
         self._newest: Tensor | None = None
+
+    @classmethod
+    def from_recipe(cls, backbone: nn.Module, feature_size: int, recipe: Recipe) -> Self:
+        """The module as `recipe` asks for it."""
+        assert recipe.temperature is not None and recipe.key_momentum is not None, "its own recipe has both"
+        return cls(
+            backbone,
+            feature_size,
+            temperature=recipe.temperature,
+            momentum=recipe.key_momentum,
+            queue_size=recipe.queue_size,
+            hidden=recipe.head_hidden,
+            out=recipe.head_out,
+        )
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
         """The loss of a batch: `first` gives the queries, `second` the keys; (N, 3, S, S) normalised views."""
@@ -86,11 +105,10 @@ class MoCoV2(nn.Module):
         return loss
 
     @torch.no_grad()
-    def after_step(self) -> None:
+    def after_step(self, done: float) -> None:
         """Move the key network towards the query network, and put the newest keys over the oldest."""
-        trained = [*self.backbone.parameters(), *self.projector.parameters()]
-        moving: list[Tensor] = [*self.key_backbone.parameters(), *self.key_projector.parameters()]
-        torch._foreach_lerp_(moving, [p.detach() for p in trained], 1 - self.momentum)
+        follow(self.key_backbone, self.backbone, self.momentum)
+        follow(self.key_projector, self.projector, self.momentum)
         assert self._newest is not None, "after_step follows a forward pass"
         n = min(len(self._newest), len(self.queue))
         start = int(self.position)

@@ -5,11 +5,14 @@ Paper: Chen et al., "A Simple Framework for Contrastive Learning of Visual Repre
 
 from __future__ import annotations
 
+from typing import ClassVar, Self
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unpoison.pretrain.heads import projection_head
+from unpoison.pretrain.recipe import Recipe
 
 __all__ = ["SimCLR", "nt_xent"]
 
@@ -29,7 +32,8 @@ def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
         SimCLR, equation 1.
     """
     views = F.normalize(torch.cat((first, second)).float(), dim=1)
-    logits = views @ views.T / temperature
+    with torch.autocast(views.device.type, enabled=False):  # differences of logits drown in bfloat16
+        logits = views @ views.T / temperature
     logits.fill_diagonal_(-torch.inf)  # a view is no negative of itself
     n = len(first)
     partner = torch.arange(2 * n, device=views.device).roll(n)
@@ -46,19 +50,27 @@ class SimCLR(nn.Module):
         hidden, out: sizes of the projection head.
     """
 
+    RECIPE: ClassVar[Recipe] = Recipe(temperature=0.5)
+
     def __init__(
-        self,
-        backbone: nn.Module,
-        feature_size: int,
-        *,
-        temperature: float = 0.5,
-        hidden: int = 512,
-        out: int = 128,
+        self, backbone: nn.Module, feature_size: int, *, temperature: float, hidden: int, out: int
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.projector = projection_head(feature_size, hidden, out)
         self.temperature = temperature
+
+    @classmethod
+    def from_recipe(cls, backbone: nn.Module, feature_size: int, recipe: Recipe) -> Self:
+        """The module as `recipe` asks for it."""
+        assert recipe.temperature is not None, "SimCLR's own recipe has it"
+        return cls(
+            backbone,
+            feature_size,
+            temperature=recipe.temperature,
+            hidden=recipe.head_hidden,
+            out=recipe.head_out,
+        )
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
         """The loss of a batch of two normalised views, (N, 3, S, S) each."""
@@ -66,5 +78,5 @@ class SimCLR(nn.Module):
         one, two = both.chunk(2)
         return nt_xent(one, two, self.temperature)
 
-    def after_step(self) -> None:
+    def after_step(self, done: float) -> None:
         """SimCLR has no state beside its weights."""

@@ -352,6 +352,17 @@ def _trigger_section(number: int, trigger: TriggerFinding, summary: Mapping[str,
             "p-value", _p_value(trigger.p_value), "chance of this result if the patch had no effect of note"
         ),
         Fact("seen in", f"{_count(trigger.n_sources)} images", "distinct images that carry the patch"),
+        *(
+            [
+                Fact(
+                    "flagged",
+                    f"{_count(entry['n_flagged'])} images",
+                    f"listed in {escape(str(entry['list']))}",
+                )
+            ]
+            if "n_flagged" in entry and "list" in entry
+            else []
+        ),
     )
     strongest = enlarge(as_pixels(trigger.patches[0]), _TRIGGER)
     sheet = trigger_sheet(trigger.patches, columns=12, side=64, most=48)

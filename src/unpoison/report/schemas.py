@@ -53,8 +53,11 @@ _VERDICT = _object(
                     "flip_rate": _share("Of images that the search never saw."),
                     "control_rate": _share("The same for the shuffled patch."),
                     "n_sources": _count("Distinct images that carry it."),
+                    "n_flagged": _count("Flagged images that carry it, as far as the scan can tell."),
                     "image": _said("string", "Picture, relative to the run folder."),
-                }
+                    "list": _said("string", "Ids of those images, one a line, relative to the run folder."),
+                },
+                optional=("n_flagged", "list"),
             ),
         },
         "scope": {"description": "What was and what was not tested."},
@@ -83,6 +86,10 @@ _FINDINGS = _object(
         "box_h": _said(["integer", "null"], "Height."),
         "poison_probability": _said(["number", "null"], "Of the classifier; null when it was not trained."),
         "flagged": _said("boolean", "On the list to remove."),
+        "trigger": _said(
+            ["integer", "null"],
+            "Which trigger of verdict.json, from 1, a flagged image carries; null otherwise.",
+        ),
         "skip_reason": _said(["string", "null"], "Why it could not be examined."),
     }
 )
@@ -133,12 +140,92 @@ _PLAN = _object(
     }
 )
 
+_MEASUREMENT = _object(
+    {
+        "measure": _said("string", "Name of the measure, see docs/benchmarks.md."),
+        "probe": _said(["string", "null"], "linear or knn, for measures of an encoder."),
+        "trigger": _said(["integer", "null"], "Index of the trigger, where each has a value.", minimum=0),
+        "at": _said(["number", "null"], "k of a top-k measure, or a false-positive rate.", minimum=0),
+        "value": _said(["number", "null"], "In `unit`; null where the measure is undefined."),
+        "unit": {"enum": ["%", "share", "images", "passes", "triggers"]},
+    }
+)
+
+_CELL_NAMES = {
+    "data": _said("string", "Name in the task file, like the three that follow."),
+    "attack": _said("string", "Attack."),
+    "victim": _said("string", "Recipe of the encoders."),
+    "defence": _said("string", "What was done about the poison."),
+    "seed": _count("Seed of everything in the cell."),
+}
+
+_BENCHMARK = _object(
+    {
+        "schema": {"const": 1},
+        "benchmark": _said("string", "Name of the task."),
+        "title": _said("string", "What it asks."),
+        "seeds": {"type": "array", "minItems": 1, "items": _count("A seed.")},
+        "n_cells": _count("Cells of the task."),
+        "n_done": _count("Finished ones."),
+        "cells": {
+            "type": "array",
+            "items": _object(
+                {
+                    **_CELL_NAMES,
+                    "key": _said("string", "Digest of everything that the numbers depend on."),
+                    "settings": _said("object", "Resolved settings."),
+                    "measurements": {"type": "array", "items": _MEASUREMENT},
+                    "seconds": _said(
+                        "object", "Wall clock by stage; of training that was shared, the whole."
+                    ),
+                    "machine": _said("object", "Where it was computed."),
+                    "versions": _said("object", "Of unpoison and its libraries."),
+                    "source": _said("string", "Digest of the source code that computed it."),
+                }
+            ),
+        },
+        "failed": {
+            "type": "array",
+            "items": _object({**_CELL_NAMES, "reason": _said("string", "What went wrong.")}),
+        },
+        "left_out": {
+            "type": "array",
+            "items": _object(
+                {"what": _said("string", "What is not computed."), "reason": _said("string", "Why.")}
+            ),
+        },
+        "published": {
+            "type": "array",
+            "items": _object(
+                {
+                    "where": _said("object", "Axis or setting to the values whose rows it stands beside."),
+                    "values": _said("object", "Measure to the figure."),
+                    "source": _said("string", "Where it is printed."),
+                }
+            ),
+        },
+        "tables": {
+            "type": "array",
+            "items": _object(
+                {
+                    "title": _said("string", "Above it."),
+                    "rows": {
+                        "type": "array",
+                        "items": _said("object", "Keys, and mean, deviation, n by measure."),
+                    },
+                }
+            ),
+        },
+    }
+)
+
 SCHEMAS: dict[str, dict[str, Any]] = {
     name: {"$schema": _DIALECT, "title": title, **schema}
     for name, title, schema in (
         ("verdict", "verdict.json", _VERDICT),
         ("findings", "One row of findings.parquet", _FINDINGS),
         ("plan", "plan.json", _PLAN),
+        ("benchmark", "results.json of a benchmark", _BENCHMARK),
     )
 }
 """Name to schema, JSON Schema draft 2020-12."""

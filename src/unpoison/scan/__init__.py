@@ -1,1 +1,5 @@
 """Which images are poisoned? Every method gives the same kind of result."""
+
+from unpoison.callable_package import make_callable
+
+make_callable(__name__, "unpoison.pipeline:scan")

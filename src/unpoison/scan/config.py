@@ -21,12 +21,15 @@ class ScanConfig:
         clusters: K of k-means.
         window: side of a trigger candidate, in encoder-input pixels.
         attention: `mask` or `gradcam`; None is the method's own.
-        masks: `grid` (deterministic, every half window apart, overhanging) or `random` (the paper's cyclic ones).
-        n_masks: number of random masks; ignored by the grid.
+        masks: `grid` (deterministic, every half window apart, overhanging), or one of the paper's, at random places and
+            wrapping around the border: `random` (the whole window is hidden), `blocks` (every other block of it) or
+            `pixels` (a random half of its pixels).
+        n_masks: number of masks at random places; ignored by the grid.
         fill: colour of hidden pixels: `mean` of the data set, or `black`.
         score: poison score that ranks images: `directed` (ours), `concentrated`, `any` (PoisonCAM) or `source`
             (PatchSearch).
         n_flips: images on which each candidate is pasted.
+        patches: windows tried per image in the rounds; the one with the highest score counts.
         samples: images per surviving cluster and round.
         prune: share of the clusters dropped per round, (0, 1).
         exploit: images examined again, or anew, along the trigger direction.
@@ -45,6 +48,7 @@ class ScanConfig:
     fill: str = "mean"
     score: str | None = None
     n_flips: int | None = None
+    patches: int = 1
     samples: int = 2
     prune: float = 0.25
     exploit: int = 300
@@ -56,7 +60,7 @@ class ScanConfig:
         choices: dict[str, tuple[str | None, ...]] = {
             "method": ("poisoncam", "patchsearch"),
             "attention": ("mask", "gradcam", None),
-            "masks": ("grid", "random", None),
+            "masks": ("grid", "random", "blocks", "pixels", None),
             "fill": ("mean", "black"),
             "score": ("directed", "concentrated", "any", "source", None),
         }
@@ -64,7 +68,7 @@ class ScanConfig:
             if getattr(self, name) not in allowed:
                 expected = " or ".join(a for a in allowed if a is not None)
                 raise ConfigError(f"{name}={getattr(self, name)!r}: expected {expected}")
-        for name in ("n_masks", "samples", "top_k", "exploit"):
+        for name in ("n_masks", "patches", "samples", "top_k", "exploit"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected at least 1")
         for name in ("clusters", "window", "n_flips"):

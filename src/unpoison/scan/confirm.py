@@ -52,6 +52,9 @@ _COMPARED = 120
 _SMALLEST_RATE = 0.03
 """Below this share of steered images no attack is worth while."""
 
+_BENIGN = 64
+"""Random windows that say how much innocent ones steer."""
+
 _STRIKING_RATE = 0.2
 """Share of steered images that no innocent window was seen to reach."""
 
@@ -207,7 +210,8 @@ def confirm(
     """
     if not finalists:
         return []
-    benign = _benign_flips(images, flip_test, held_out, generator)
+    sources = torch.cat([candidates.own[finalist.members] for finalist in finalists])
+    benign = _benign_flips(images, clusters, sources, flip_test, held_out, generator)
     results = []
     raw = []
     steering = []
@@ -249,7 +253,7 @@ def confirm(
 
 
 def _upper_tail(gain: Tensor, attractors: Tensor) -> float:
-    """What 97.5 % of the benign windows stay below; the rest may hold a trigger by chance."""
+    """What 97.5 % of the benign windows stay below; the rest may hold a trigger all the same."""
     return float(gain[:, attractors].sum(dim=1).quantile(0.975))
 
 
@@ -260,13 +264,26 @@ def _strongest(candidates: Candidates, finalist: Finalist) -> int:
 
 
 def _benign_flips(
-    images: ImageSet, flip_test: FlipTest, held_out: Tensor, generator: torch.Generator
+    images: ImageSet,
+    clusters: Clusters,
+    sources: Tensor,
+    flip_test: FlipTest,
+    held_out: Tensor,
+    generator: torch.Generator,
 ) -> Flips:
-    """What 64 random windows of random search-half images do; mostly innocent ones, whatever the data."""
+    """What 64 random windows of random search-half images do.
+
+    Images of the clusters that the finalists come from are left out, as long as a fifth of all images remains: where
+    a fifth of the images is poisoned, two of 64 random windows hold a trigger, and the threshold would be as high as
+    what it is to judge.
+    """
     allowed = torch.ones(len(images), dtype=torch.bool)
     allowed[held_out] = False
+    elsewhere = allowed & ~torch.isin(clusters.assignment, sources)
+    if int(elsewhere.sum()) >= len(images) / 5:
+        allowed = elsewhere
     rows = allowed.nonzero().flatten()
-    rows = rows[torch.randperm(len(rows), generator=generator)[:64]]
+    rows = rows[torch.randperm(len(rows), generator=generator)[:_BENIGN]]
     side = flip_test.window
     corners = draw_corners(len(rows), images.size, side, generator=generator)
     return flip_test.run(crop_windows(images.pixels[rows], corners, side), generator=generator)

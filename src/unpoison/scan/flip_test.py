@@ -168,7 +168,7 @@ class FlipTest:
         self.with_control = with_control
         self.batch_size = batch_size
         self.window = window
-        self.baseline = self._shares(flip_set.assignment[None])
+        self.baseline = self._counts(flip_set.assignment[None])
 
     @classmethod
     def draw(
@@ -205,14 +205,14 @@ class FlipTest:
             features = self._pasted(patches[chunk])
             assignment = assign(features.flatten(0, 1), self.centroids).view(-1, n_flips)
             changed = (assignment != self.flip_set.assignment).float().mean(dim=1)
-            gain = self._shares(assignment) - self.baseline
+            gain = (self._counts(assignment) - self.baseline) / n_flips
             if controls is None:
                 control_gain = torch.zeros_like(gain)
                 shift = features.mean(dim=1) - self.flip_set.features.mean(dim=0)
             else:
                 control = self._pasted(controls[chunk])
                 control_assignment = assign(control.flatten(0, 1), self.centroids).view(-1, n_flips)
-                control_gain = self._shares(control_assignment) - self.baseline
+                control_gain = (self._counts(control_assignment) - self.baseline) / n_flips
                 shift = features.mean(dim=1) - control.mean(dim=1)
             parts.append(Flips(changed.cpu(), gain.cpu(), control_gain.cpu(), shift.cpu()))
         return Flips.concatenate(parts)
@@ -226,8 +226,7 @@ class FlipTest:
         features = torch.cat([self.encoder.features(part) for part in torch.split(pasted, self.batch_size)])
         return F.normalize(features, dim=1).view(n, n_flips, -1)
 
-    def _shares(self, assignment: Tensor) -> Tensor:
-        """(n, F) assignments to (n, K) shares."""
-        shares = torch.zeros(len(assignment), len(self.centroids), device=assignment.device)
-        ones = torch.full(assignment.shape, 1 / assignment.shape[1], device=assignment.device)
-        return shares.scatter_add_(1, assignment, ones)
+    def _counts(self, assignment: Tensor) -> Tensor:
+        """(n, F) assignments to (n, K) counts; whole numbers in float32, so that equal counts stay equal."""
+        counts = torch.zeros(len(assignment), len(self.centroids), device=assignment.device)
+        return counts.scatter_add_(1, assignment, torch.ones(assignment.shape, device=assignment.device))

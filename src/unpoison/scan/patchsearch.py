@@ -6,7 +6,8 @@ much smaller than a cell of that layer's map.
 
 The release explains a head that a vision transformer never runs through, and always the last, coarsest stage of a
 ResNet. Here the logit is a function of the features themselves, and the layer is the deepest whose map has at least 8×8
-cells: a fair opponent of masking.
+cells: a fair opponent of masking. The rest of the search (rounds, flip test, pruning) is `scan/search.py`;
+docs/fidelity.md lists what the release does otherwise, and why we do not.
 
 Paper: Tejankar et al., "Defending Against Patch-based Backdoor Attacks on Self-Supervised Learning", CVPR 2023.
 """
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 
 from unpoison.encoders.encoder import Encoder
 from unpoison.errors import ConfigError
+from unpoison.functional.clustering import similarity
 from unpoison.functional.saliency import choose_layer, grad_cam
 from unpoison.functional.windows import hottest_windows
 from unpoison.records import Clusters
@@ -57,6 +59,7 @@ class GradCamAttention:
         self.network: nn.Module = encoder.network
         self.centroids = clusters.centroids.to(encoder.device)
         self.window = config.window
+        self.faithful = config.faithful
         self.batch_size = batch_size
         self.layer = choose_layer(self.network, encoder.preprocessing.geometry.size)
 
@@ -64,10 +67,10 @@ class GradCamAttention:
         """Attention of (N, 3, S, S) uint8 images, (N, S, S) float32 in [0, 1] on the CPU.
 
         Explained is the logit of the image's own cluster, the product of its features and the unit centroid. The
-        cosine picks the same cluster, but is flat where an image lies close to its centroid, as poisoned ones do:
-        with it, four of six victims had fewer triggers inside the window.
+        cosine, which the release explains and `faithful` too, picks the same cluster, but is flat where an image lies
+        close to its centroid, as poisoned ones do: with it, four of six victims had fewer triggers inside the window.
         """
-        return self._maps(pixels, lambda features: (features.float() @ self.centroids.T).amax(dim=1))
+        return self._maps(pixels, self._logit)
 
     def heat_along(self, pixels: Tensor, directions: Tensor) -> Tensor:
         """How much of each direction in feature space every pixel carries, (N, m, S, S) float32 in [0, 1], CPU.
@@ -83,6 +86,13 @@ class GradCamAttention:
     def windows(self, heat: Tensor) -> Tensor:
         """(N, 2) corners of the hottest windows."""
         return hottest_windows(heat, self.window)[:, 0]
+
+    def _logit(self, features: Tensor) -> Tensor:
+        """(N,), the largest over the clusters, in float32 so that rounding does not choose the cluster."""
+        if self.faithful:
+            return similarity(features, self.centroids).amax(dim=1)
+        with torch.autocast(features.device.type, enabled=False):
+            return (features.float() @ self.centroids.T).amax(dim=1)
 
     def _maps(self, pixels: Tensor, target: Callable[[Tensor], Tensor]) -> Tensor:
         parts = []

@@ -65,7 +65,7 @@ class ClassifierConfig:
     """
 
     networks: int = 3
-    iterations: int = 250
+    iterations: int = 120
     batch_size: int = 64
     width: int = 16
     learning_rate: float = 0.01

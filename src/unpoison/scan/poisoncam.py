@@ -15,11 +15,21 @@ from torch.nn import functional as F
 
 from unpoison.encoders.encoder import Encoder
 from unpoison.functional.clustering import similarity
-from unpoison.functional.windows import attention_map, grid_masks, hide, hottest_windows, random_masks
+from unpoison.functional.windows import (
+    attention_map,
+    block_masks,
+    crop_windows,
+    grid_masks,
+    hide,
+    hottest_windows,
+    paste_windows,
+    pixel_masks,
+    random_masks,
+)
 from unpoison.records import Clusters
 from unpoison.scan.config import ScanConfig
 
-__all__ = ["MaskAttention", "activation_scores", "margin_drop"]
+__all__ = ["MaskAttention", "activation_scores", "margin_drop", "sharpen_windows"]
 
 
 def activation_scores(similarities: Tensor, own: Tensor) -> Tensor:
@@ -46,7 +56,8 @@ def activation_scores(similarities: Tensor, own: Tensor) -> Tensor:
     lowest = torch.where(kept, distance, torch.inf).amin(dim=1, keepdim=True)
     highest = torch.where(kept, distance, -torch.inf).amax(dim=1, keepdim=True)
     spread = highest - lowest
-    scaled = torch.where(spread > 0, (distance - lowest) / spread.clamp_min(1e-12), 0.0)
+    # Views that hide nothing differ by rounding, about 1e-7, which must not be stretched to [0, 1].
+    scaled = torch.where(spread > 1e-6, (distance - lowest) / spread.clamp_min(1e-6), 0.0)
     return torch.where(kept, scaled, 1.0)
 
 
@@ -70,6 +81,64 @@ def margin_drop(similarities: Tensor, unmasked: Tensor) -> Tensor:
     index = own[:, None, None].expand(-1, similarities.shape[1], 1)
     after = margin(similarities, index, others[:, None].expand_as(similarities))
     return (before[:, None] - after).clamp_min(0)
+
+
+def sharpen_windows(
+    encoder: Encoder,
+    pixels: Tensor,
+    corners: Tensor,
+    direction: Tensor,
+    side: int,
+    *,
+    carriers: Tensor,
+    batch_size: int,
+) -> Tensor:
+    """Windows moved to where they hold most of what pushes along a direction.
+
+    Masks half a window apart leave the corner up to half a window uncertain. Each image tries the eight neighbours
+    of its window at a third of the side, then at half that step, and so on down to one pixel. A window is good if
+    hiding it takes the image back along the direction, and if pasting it takes other images forward: a trigger may be
+    broken by hiding any part of it, but works elsewhere only when it is whole.
+
+    Args:
+        encoder: shown nine times (1 + c) views of each image and step.
+        pixels: (N, 3, S, S) uint8.
+        corners: (N, 2) int64, the windows to start from.
+        direction: (D,) unit length, in feature space.
+        side: of the windows, pixels.
+        carriers: (c, 3, S, S) uint8, images to paste on, c ≥ 1.
+        batch_size: images per pass.
+
+    Returns:
+        (N, 2) int64 corners, each window inside its image.
+    """
+    colour = torch.tensor(encoder.preprocessing.mean).mul(255).round().to(torch.uint8).to(encoder.device)
+    axis = direction.to(encoder.device)
+    blank = colour.view(1, 3, 1, 1)
+    # The window itself comes first, so that it stays where nothing is better.
+    around = torch.tensor(sorted(((y, x) for y in (-1, 0, 1) for x in (-1, 0, 1)), key=lambda p: p != (0, 0)))
+    per_pass = max(1, batch_size // (len(around) * (1 + len(carriers))))
+
+    def along(images: Tensor, patches: Tensor, places: Tensor) -> Tensor:
+        return F.normalize(encoder.features(paste_windows(images, patches, places)), dim=1) @ axis
+
+    step = -(-side // 3)
+    while True:
+        tried = (corners[:, None] + step * around).clamp(0, pixels.shape[-1] - side)
+        gains = [torch.empty(0, len(around))]
+        for start in range(0, len(pixels), per_pass):
+            rows = slice(start, start + per_pass)
+            views = pixels[rows].to(encoder.device).repeat_interleave(len(around), dim=0)
+            places = tried[rows].flatten(0, 1).to(encoder.device)
+            windows = crop_windows(views, places, side)
+            gain = -along(views, blank.expand(len(views), -1, side, side), places)
+            for carrier in carriers.to(encoder.device):
+                gain += along(carrier.expand(len(views), -1, -1, -1), windows, places) / len(carriers)
+            gains.append(gain.view(-1, len(around)).cpu())
+        corners = tried[torch.arange(len(tried)), torch.cat(gains).argmax(dim=1)]
+        if step == 1:
+            return corners
+        step = -(-step // 2)
 
 
 class MaskAttention:
@@ -102,7 +171,9 @@ class MaskAttention:
         if config.masks == "grid":
             masks = grid_masks(size, self.window, max(1, self.window // 2))
         else:
-            masks = random_masks(size, self.window, config.n_masks, generator=generator)
+            strategies = {"random": random_masks, "blocks": block_masks, "pixels": pixel_masks}
+            assert config.masks is not None, "the config is resolved before the search"
+            masks = strategies[config.masks](size, self.window, config.n_masks, generator=generator)
         self.masks = masks.to(encoder.device)
         colour = torch.tensor(encoder.preprocessing.mean if config.fill == "mean" else (0.0, 0.0, 0.0))
         self.fill = (colour * 255).round().to(torch.uint8).to(encoder.device)

@@ -6,8 +6,8 @@ separates perfectly, with the found one it does not. So three steps of our own f
 
 vote      A trigger pushes every picture the same way in feature space, benign windows each their own way. The
           direction on which the strongest candidates agree is the trigger's (`vote`).
-refine    Looking for what carries that direction, instead of what disturbs the cluster, finds the window
-          (`refine`): catch rate 0.39 to 0.86 and 0.14 to 0.59 on two hard victims, docs/fidelity.md.
+refine    Looking for what carries that direction, instead of what disturbs the cluster, finds the window, and
+          moving it pixel by pixel frames the trigger (`refine`): docs/fidelity.md.
 exploit   Clusters that hold such windows get more images examined (`exploit`).
 """
 
@@ -22,17 +22,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unpoison.functional.matching import patch_similarity
-from unpoison.functional.windows import crop_windows
+from unpoison.functional.windows import crop_windows, hottest_windows
 from unpoison.records import Clusters, ImageSet
 from unpoison.runtime import Progress
 from unpoison.scan.candidates import Candidates
 from unpoison.scan.config import ScanConfig
 from unpoison.scan.flip_test import FlipTest
+from unpoison.scan.poisoncam import sharpen_windows
 
 __all__ = ["SAME_PATTERN", "Attention", "Searcher", "directed_scores", "elect", "n_scored", "vote"]
 
 SAME_PATTERN = 0.6
 """Normalised cross-correlation from which two patches show the same pattern."""
+
+_CARRIERS = 2
+"""Images on which a window proves that it is whole, when its place is refined."""
 
 
 class Attention(Protocol):
@@ -92,7 +96,12 @@ def vote(candidates: Candidates, *, leaders: int = 15, agreement: float = 0.5, m
         if len(group) < 3:
             break
         direction = F.normalize(push[group].mean(dim=0), dim=0)
-        directions.append(direction)
+        # Less the mean, windows that do nothing push away from the trigger that others hold; that is no direction.
+        if (
+            float((candidates.flips.shift[group] @ direction).mean())
+            >= float((push[group] @ direction).mean()) / 2
+        ):
+            directions.append(direction)
         # All that push this way, leaders or not, have had their say.
         free &= unit @ direction < agreement
         free[group] = False
@@ -171,12 +180,18 @@ class Searcher:
     def explore(self, run_round: Callable[[str, Callable[[], Candidates]], Candidates]) -> Candidates:
         """The published search: rounds of a few images per surviving cluster.
 
+        A cluster whose images are used up keeps its rating; PoisonCAM's, the sum of the round, then drops it first.
+
         Args:
             run_round: called as run_round(name, compute) for every round; may answer from a cache.
         """
         config = self.config
         queues = self.queues()
         alive = list(range(len(queues)))
+        if (
+            config.faithful
+        ):  # published scores are counts, most of them 0, and the order given here decides ties
+            alive = torch.randperm(len(queues), generator=self.generator("cluster order")).tolist()
         best = torch.full((len(queues),), -torch.inf)
         total = min(n_scored(len(queues), config.samples, config.prune), int(self.allowed.sum()))
         rounds: list[Candidates] = []
@@ -195,37 +210,65 @@ class Searcher:
             dropped = int(config.prune * len(alive))
             if dropped == 0:
                 return Candidates.concatenate(rounds)
+            rating = best
+            if (
+                config.faithful
+            ):  # published ratings are counts of flip images; rounding must not decide their ties
+                rating = (best * 1e5).round()
+            if config.faithful and config.method == "patchsearch":
+                # The release begins with a score of 0 for every image, scored or not.
+                unscored = torch.tensor([len(queue) > 0 for queue in queues])
+                rating = torch.where(unscored, rating.clamp_min(0), rating)
             # Published as a slice that keeps nothing when nothing is dropped; say how many stay instead.
-            alive = sorted(alive, key=lambda c: float(best[c]), reverse=True)[: len(alive) - dropped]
+            alive = sorted(alive, key=rating.tolist().__getitem__, reverse=True)[: len(alive) - dropped]
 
     def _rate_clusters(self, best: Tensor, scored: Candidates) -> None:
         """PoisonCAM rates a cluster by the sum of its last round, PatchSearch and we by its best image so far."""
-        config = self.config
-        assert config.score is not None, "the config is resolved before the search"
-        kind = "concentrated" if config.score == "directed" else config.score
-        values = scored.flips.score(kind, scored.own)
-        if config.faithful and config.method == "poisoncam":
+        values = self._poison_scores(scored)
+        if self.config.faithful and self.config.method == "poisoncam":
             best.fill_(-torch.inf)
             best[scored.own] = 0
             best.index_add_(0, scored.own, values)
         else:
             best.scatter_reduce_(0, scored.own, values, "amax")
 
+    def _poison_scores(self, scored: Candidates) -> Tensor:
+        """The configured score; `directed` needs directions, which the rounds do not have yet."""
+        kind = self.config.score
+        assert kind is not None, "the config is resolved before the search"
+        return scored.flips.score("concentrated" if kind == "directed" else kind, scored.own)
+
     def score(self, rows: list[int], step: str) -> Candidates:
-        """The hottest window of these images, and its flip test."""
+        """The hottest windows of these images, each with its flip test; of each image the best one stays."""
+        config = self.config
+        assert config.window is not None, "the config is resolved before the search"
         index = torch.tensor(rows)
         pixels = self.images.pixels[index]
-        corners = self.attention.windows(self.attention.heat(pixels))
-        return self._test(index, pixels, corners, step)
+        corners = hottest_windows(self.attention.heat(pixels), config.window, config.patches)
+        best = self._test(index, pixels, corners[:, 0], step)
+        for place in range(1, config.patches):
+            other = self._test(index, pixels, corners[:, place], f"{step}/{place}")
+            best = best.better_of(other, self._poison_scores(best), self._poison_scores(other))
+        return best
 
     def refine(self, rows: Tensor, directions: Tensor, step: str) -> list[Candidates]:
         """For each direction, of each image the window that carries most of it, and that window's flip test."""
+        assert self.config.window is not None, "the config is resolved before the search"
         pixels = self.images.pixels[rows]
         heat = self.attention.heat_along(pixels, directions)
-        return [
-            self._test(rows, pixels, self.attention.windows(heat[:, number]), f"{step}/{number}")
-            for number in range(len(directions))
-        ]
+        found = []
+        for number, direction in enumerate(directions):
+            corners = sharpen_windows(
+                self.flip_test.encoder,
+                pixels,
+                self.attention.windows(heat[:, number]),
+                direction,
+                self.config.window,
+                carriers=self.flip_test.flip_set.pixels[:_CARRIERS],
+                batch_size=self.flip_test.batch_size,
+            )
+            found.append(self._test(rows, pixels, corners, f"{step}/{number}"))
+        return found
 
     def look_again(self, rows: Tensor, directions: Tensor, step: str) -> Candidates:
         """For each image the better of the windows that the directions find."""

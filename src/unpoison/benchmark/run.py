@@ -1,0 +1,219 @@
+"""All cells of a task, the finished ones skipped, and the files that come of them."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from unpoison.benchmark.cells import Bench
+from unpoison.benchmark.page import as_html, as_text
+from unpoison.benchmark.plots import as_svg, make_panels
+from unpoison.benchmark.results import Results, collect, to_json, write_parquet
+from unpoison.benchmark.tables import as_json, make_tables
+from unpoison.benchmark.task import Cell, DefenceConfig, Task
+from unpoison.data.export import atomic_file, write_json_atomically
+from unpoison.errors import ConfigError, UnpoisonError
+from unpoison.functional.windows import grid_masks
+from unpoison.runtime import Progress, silent
+from unpoison.scan.config import ScanConfig
+
+__all__ = ["PlannedCell", "expected_passes", "plan_benchmark", "run_benchmark"]
+
+_MARK = "unpoison_benchmark"
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class PlannedCell:
+    """What one cell would take.
+
+    Attributes:
+        cell: which.
+        done: finished already.
+        training: images shown in training, epochs × images, of encoders that no earlier cell of the plan trains.
+        passes: images shown to encoders by its scan and its probes, about.
+    """
+
+    cell: Cell
+    done: bool
+    training: int
+    passes: int
+
+
+def run_benchmark(
+    task: Task,
+    out: str | Path,
+    *,
+    store: str | Path | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    fresh: bool = False,
+    say: Say = lambda line: None,
+    progress: Progress = silent,
+) -> Results:
+    """Compute what is missing and write everything; results are written after every cell.
+
+    Args:
+        task: from `task.read_task`.
+        out: gets results.parquet, results.json, results.md, results.html and plots/.
+        store: cells, encoders and scans, which several tasks may share; None = `out`.
+        device: see `runtime.choose_device`.
+        precision: see `runtime.choose_precision`.
+        fresh: compute finished cells and scans again; trained encoders are kept.
+        say: told one line per cell.
+        progress: called by every long loop.
+
+    Returns:
+        Finished cells, and those that failed with the reason; a failure costs no other cell.
+
+    Raises:
+        ConfigError: `out` holds something else.
+    """
+    out = Path(out)
+    store = out if store is None else Path(store)
+    _claim(out, task)
+    bench = Bench(task, store, device=device, precision=precision, fresh=fresh)
+    rows: list[tuple[Cell, dict[str, Any]]] = []
+    failed: list[tuple[Cell, str]] = []
+    for number, cell in enumerate(task.cells, start=1):
+        where = f"cell {number} of {len(task.cells)}"
+        name = f"{cell.data}, {cell.attack}, {cell.victim}, {cell.defence}, seed {cell.seed}"
+        try:
+            row = bench.find(bench.key(cell))
+            if row is None:
+                say(f"{where}: {name}")
+                row = bench.compute(cell, progress=_named(progress, where))
+                say(f"{where}: {row['seconds']['cell']:.0f} s")
+            else:
+                say(f"{where}: {name}: finished earlier")
+        except Exception as error:  # a night of cells must not be lost to one of them
+            reason = str(error).split("\n")[0][:300]
+            if not isinstance(error, UnpoisonError):
+                reason = f"unexpected {type(error).__name__}: {reason}; the traceback is in failures.txt"
+                _note_failure(out, name, error)
+            say(f"{where} failed: {reason}")
+            failed.append((cell, reason))
+            continue
+        rows.append((cell, row))
+        write_results(Results(task, tuple(rows), tuple(failed)), out)
+    results = Results(task, tuple(rows), tuple(failed))
+    write_results(results, out)
+    return results
+
+
+def write_results(results: Results, out: Path) -> None:
+    """All files that people and programs read; each appears in one step."""
+    tables = make_tables(results)
+    svgs = [as_svg(panel) for plot in results.task.plots for panel in make_panels(plot, results)]
+    names = [f"plots/{number}.svg" for number in range(1, len(svgs) + 1)]
+    for name, svg in zip(names, svgs, strict=True):
+        _write(out / name, svg)
+    write_parquet(collect(results), out / "results.parquet")
+    _write(out / "results.md", as_text(results, tables, names))
+    _write(out / "results.html", as_html(results, tables, svgs))
+    write_json_atomically(out / "results.json", to_json(results, [as_json(table) for table in tables]))
+
+
+def plan_benchmark(task: Task, out: str | Path, *, store: str | Path | None = None) -> list[PlannedCell]:
+    """What `run_benchmark` would do; reads names and labels of images, decodes none, writes nothing.
+
+    Done cells are recognised once a run has read the images of this store.
+
+    Raises:
+        DataError: the images are not there.
+    """
+    bench = Bench(task, Path(out if store is None else store))
+    planned = []
+    trained: set[str] = set()
+    for cell in task.cells:
+        key = bench.key(cell, may_decode=False)
+        done = bench.find(key) is not None
+        chosen = bench.chosen(cell)
+        defence: DefenceConfig = task.axes["defence"][cell.defence].config
+        recipe = task.axes["victim"][cell.victim].config
+        n_images, n_test = len(chosen.train), len(chosen.test)
+        clean = defence.kind == "clean-trained"
+        # The attack is part of a victim, not of the control; names serve here, since nothing is decoded.
+        names = [("", cell.data, "" if clean else cell.attack, cell.victim, cell.seed)]
+        if defence.kind == "scan" and defence.retrain:
+            names.append((cell.defence, cell.data, cell.attack, cell.victim, cell.seed))
+        training = 0
+        for name in names:
+            if repr(name) not in trained and not done:
+                trained.add(repr(name))
+                training += recipe.epochs * n_images
+        passes = 0
+        if defence.kind == "scan":
+            passes += expected_passes(defence.scan, n_images, task.axes["data"][cell.data].config.size)
+        if task.evaluate.encoders and not (defence.kind == "scan" and not defence.retrain):
+            n_triggers = len(bench.attack(cell).triggers)
+            passes += int(task.evaluate.labelled * n_images) + n_test * (1 + n_triggers)
+        planned.append(PlannedCell(cell, done, training, 0 if done else passes))
+    return planned
+
+
+def expected_passes(config: ScanConfig, n_images: int, image_size: int) -> int:
+    """About how many images a scan shows the encoder: one trigger found, every cluster large enough.
+
+    The formula is explained in docs/methods.md.
+    """
+    config = config.resolve(n_images, image_size)
+    assert config.clusters and config.window and config.n_flips, "the config is resolved"
+    scored, left = 0, config.clusters
+    while True:
+        scored += config.samples * left
+        dropped = int(config.prune * left)
+        if not dropped:
+            break
+        left -= dropped
+    scored = min(scored, n_images)
+    masks = config.n_masks
+    if config.attention == "gradcam":
+        masks = 3
+    elif config.masks == "grid":
+        masks = len(grid_masks(image_size, config.window, max(1, config.window // 2)))
+    flips, held_out = config.n_flips, min(1000, n_images // 4)
+    if config.faithful:
+        return (
+            n_images
+            + flips
+            + scored * (1 + masks + config.patches * flips)
+            + 64 * flips
+            + 2 * held_out
+            + 24 * (1 + masks)
+        )
+    explore = scored * (1 + masks + 2 * config.patches * flips)
+    refine = (64 + min(config.exploit, n_images)) * (masks + 2 * flips)
+    return n_images + flips + explore + refine + 128 * flips + 2 * held_out + 24 * masks
+
+
+def _named(progress: Progress, where: str) -> Progress:
+    """The same callback, told which cell it is."""
+
+    def named(stage: str, done: int, total: int) -> None:
+        progress(f"{where}: {stage}", done, total)
+
+    return named
+
+
+def _claim(out: Path, task: Task) -> None:
+    """Refuse a folder that holds something else; note whose it is."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out}: is a file; --out names a folder")
+    mark = out / "benchmark.json"
+    if out.is_dir() and any(out.iterdir()) and not mark.exists():
+        raise ConfigError(f"{out}: exists and holds no benchmark; choose another --out, nothing was changed")
+    write_json_atomically(mark, {_MARK: 1, "name": task.name})
+
+
+def _write(path: Path, text: str) -> None:
+    with atomic_file(path) as file:
+        file.write(text.encode())
+
+
+def _note_failure(out: Path, name: str, error: Exception) -> None:
+    with (out / "failures.txt").open("a", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(f"{name}\n{''.join(traceback.format_exception(error))}\n")

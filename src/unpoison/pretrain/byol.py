@@ -1,0 +1,87 @@
+"""BYOL: from one view, the online network predicts what its moving average, the target, sees in the other.
+
+There are no negatives. What keeps the features apart is the predictor, the slow target and the batch normalisation in
+the heads; without them all features fall together, so that the loop watches for it.
+
+Paper: Grill et al., "Bootstrap Your Own Latent", NeurIPS 2020.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unpoison.pretrain.heads import projection_head
+from unpoison.pretrain.moving_average import follow, follower, rising_momentum
+from unpoison.pretrain.recipe import Recipe
+
+__all__ = ["BYOL", "prediction_error"]
+
+
+def prediction_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared distance of the unit vectors, which is 2 - 2 cos.
+
+    Args:
+        prediction: (N, D) float, any length.
+        target: likewise; row i of both shows the same image.
+
+    Returns:
+        Scalar float32 in [0, 4].
+
+    Source:
+        BYOL, equation 2.
+    """
+    prediction, target = (F.normalize(v.float(), dim=1) for v in (prediction, target))
+    return 2 - 2 * (prediction * target).sum(dim=1).mean()
+
+
+class BYOL(nn.Module):
+    """The trained module of BYOL; `backbone` (the online network's) is what remains.
+
+    Args:
+        backbone: (N, 3, S, S) normalised images to (N, `feature_size`).
+        feature_size: D of the backbone.
+        momentum: of the moving average that makes the target network, at the start; it rises to 1.
+        hidden, out: sizes of projection and prediction head.
+    """
+
+    RECIPE: ClassVar[Recipe] = Recipe(key_momentum=0.99)
+
+    def __init__(
+        self, backbone: nn.Module, feature_size: int, *, momentum: float, hidden: int, out: int
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.projector = projection_head(feature_size, hidden, out)
+        self.predictor = projection_head(out, hidden, out)
+        self.target_backbone = follower(backbone)
+        self.target_projector = follower(self.projector)
+        self.momentum = momentum
+
+    @classmethod
+    def from_recipe(cls, backbone: nn.Module, feature_size: int, recipe: Recipe) -> Self:
+        """The module as `recipe` asks for it."""
+        assert recipe.key_momentum is not None, "BYOL's own recipe has it"
+        return cls(
+            backbone,
+            feature_size,
+            momentum=recipe.key_momentum,
+            hidden=recipe.head_hidden,
+            out=recipe.head_out,
+        )
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        """The symmetric loss of a batch of two normalised views, (N, 3, S, S) each."""
+        one, two = (self.predictor(self.projector(self.backbone(view))) for view in (first, second))
+        with torch.no_grad():
+            to_one, to_two = (self.target_projector(self.target_backbone(view)) for view in (second, first))
+        return prediction_error(one, to_one) + prediction_error(two, to_two)
+
+    def after_step(self, done: float) -> None:
+        """Move the target network towards the online network."""
+        momentum = rising_momentum(self.momentum, done)
+        follow(self.target_backbone, self.backbone, momentum)
+        follow(self.target_projector, self.projector, momentum)
