@@ -217,7 +217,7 @@ def _conclude(
     features = _features(bench)
     clusters = _clusters(bench, features)
     search = _search(bench, features, clusters)
-    finalists = find_finalists(search.candidates, search.scores, bench.images)
+    finalists = find_finalists(search.candidates, search.scores, bench.images, search.directions)
     confirmations = _confirm(bench, clusters, search, finalists)
     accepted = [
         (finalist, said)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from toys import planted_encoder, planted_images, planted_pattern
+from toys import SIZE, planted_encoder, planted_images, planted_pattern, planted_patterns
 from unpoison.encoders.encoder import Encoder
 from unpoison.functional.clustering import kmeans
-from unpoison.functional.windows import crop_windows
+from unpoison.functional.windows import crop_windows, paste_windows
 from unpoison.records import Clusters, ImageSet
 from unpoison.scan import confirm as module
 from unpoison.scan.candidates import Candidates
@@ -97,6 +97,11 @@ def windows(patches: Tensor, *, gain: float = 0.5, control: float = 0.0) -> tupl
     return found, ImageSet(tuple(map(str, range(n))), noise(n, 32, seed=9))
 
 
+def nowhere(candidates: Candidates) -> Tensor:
+    """No direction to look along."""
+    return candidates.flips.shift[:0]
+
+
 def descending(n: int) -> Tensor:
     return torch.linspace(1, 0.1, n)
 
@@ -105,7 +110,7 @@ def test_a_pattern_cut_from_different_pictures_recurs() -> None:
     patches = noise(12, WINDOW, seed=0)
     patches[[1, 4, 5, 9]] = planted_pattern()
     found, images = windows(patches)
-    (finalist,) = find_finalists(found, descending(12), images)
+    (finalist,) = find_finalists(found, descending(12), images, nowhere(found))
     assert finalist.members.tolist() == [1, 4, 5, 9]  # strongest first
     assert finalist.target_cluster == 2 and finalist.attractors.tolist() == [2]
 
@@ -114,7 +119,7 @@ def test_members_are_ordered_by_score_whatever_their_place() -> None:
     patches = noise(8, WINDOW, seed=0)
     patches[[0, 3, 6]] = planted_pattern()
     found, images = windows(patches)
-    (finalist,) = find_finalists(found, descending(8).flip(0), images)
+    (finalist,) = find_finalists(found, descending(8).flip(0), images, nowhere(found))
     assert finalist.members.tolist() == [6, 3, 0]
 
 
@@ -123,7 +128,7 @@ def test_it_takes_three_pictures(carriers: int) -> None:
     patches = noise(10, WINDOW, seed=1)
     patches[:carriers] = planted_pattern()
     found, images = windows(patches)
-    assert len(find_finalists(found, descending(10), images)) == int(carriers >= MIN_SOURCES)
+    assert len(find_finalists(found, descending(10), images, nowhere(found))) == int(carriers >= MIN_SOURCES)
 
 
 def test_copies_of_one_picture_are_one_source() -> None:
@@ -133,9 +138,9 @@ def test_copies_of_one_picture_are_one_source() -> None:
     pixels = images.pixels.clone()
     pixels[1] = pixels[0]
     pixels[2] = (pixels[0].float() * 0.9).to(torch.uint8)  # darker, still the same picture
-    assert find_finalists(found, descending(10), ImageSet(images.ids, pixels)) == []
+    assert find_finalists(found, descending(10), ImageSet(images.ids, pixels), nowhere(found)) == []
     pixels[2] = images.pixels[2]
-    (finalist,) = find_finalists(found, descending(10), ImageSet(images.ids, pixels))
+    (finalist,) = find_finalists(found, descending(10), ImageSet(images.ids, pixels), nowhere(found))
     assert finalist.members.tolist() == [0, 2, 3]  # of the copies the stronger one
 
 
@@ -143,13 +148,13 @@ def test_flat_patches_are_no_pattern() -> None:
     patches = noise(10, WINDOW, seed=1)
     patches[:6] = torch.tensor([40, 80, 200], dtype=torch.uint8).view(3, 1, 1)
     found, images = windows(patches)
-    assert find_finalists(found, descending(10), images) == []
+    assert find_finalists(found, descending(10), images, nowhere(found)) == []
 
 
 @pytest.mark.parametrize(("gain", "control"), [(0.0, 0.0), (-0.1, 0.0), (0.4, 0.5)])
 def test_a_pattern_that_gains_nothing_over_its_control_is_none(gain: float, control: float) -> None:
     found, images = windows(planted_pattern().repeat(5, 1, 1, 1), gain=gain, control=control)
-    assert find_finalists(found, descending(5), images) == []
+    assert find_finalists(found, descending(5), images, nowhere(found)) == []
 
 
 def test_several_patterns_the_most_frequent_first_and_no_more_than_asked() -> None:
@@ -157,16 +162,35 @@ def test_several_patterns_the_most_frequent_first_and_no_more_than_asked() -> No
     patches[[0, 2, 4]] = planted_pattern(1)
     patches[[1, 3, 5, 7, 9]] = planted_pattern(2)
     found, images = windows(patches)
-    finalists = find_finalists(found, descending(14), images)
+    finalists = find_finalists(found, descending(14), images, nowhere(found))
     assert [f.members.tolist() for f in finalists] == [[1, 3, 5, 7, 9], [0, 2, 4]]
-    assert len(find_finalists(found, descending(14), images, most=1)) == 1
+    assert len(find_finalists(found, descending(14), images, nowhere(found), most=1)) == 1
+
+
+def test_a_strong_trigger_does_not_crowd_out_a_weaker_one() -> None:
+    """140 images carry the one, more than are compared, and all of them outrank the 40 that carry the other."""
+    generator = torch.Generator().manual_seed(0)
+    which = (torch.arange(180) >= 140).long()
+    pixels = F.interpolate(torch.rand(180, 3, 4, 4, generator=generator) * 255, SIZE, mode="bilinear")
+    corners = torch.randint(0, SIZE - 10, (180, 2), generator=generator)
+    stamped = paste_windows(pixels.to(torch.uint8), planted_patterns(2)[which], corners + 1)
+    gain = torch.zeros(180, 12)
+    gain[torch.arange(180), which] = torch.tensor([0.9, 0.4])[which]
+    flips = Flips(gain.sum(dim=1), gain, torch.zeros_like(gain), gain)
+    found = Candidates(
+        torch.arange(180), torch.full((180,), 5), corners, crop_windows(stamped, corners, 10), flips
+    )
+    images = ImageSet(tuple(map(str, range(180))), stamped)
+    for directions, expected in ((torch.eye(12)[:1], [(0, 120)]), (torch.eye(12)[:2], [(0, 120), (1, 40)])):
+        finalists = find_finalists(found, gain.sum(dim=1), images, directions)
+        assert [(f.target_cluster, len(f.members)) for f in finalists] == expected
 
 
 def test_every_cluster_that_gains_a_quarter_attracts() -> None:
     found, images = windows(planted_pattern().repeat(4, 1, 1, 1), gain=0.4)
     found.flips.gain[:, 4] = 0.1
     found.flips.gain[:, 3] = 0.09
-    (finalist,) = find_finalists(found, descending(4), images)
+    (finalist,) = find_finalists(found, descending(4), images, nowhere(found))
     assert finalist.target_cluster == 2 and finalist.attractors.tolist() == [2, 4]
 
 
@@ -224,7 +248,9 @@ def scene() -> Scene:
 
 
 def test_a_planted_trigger_is_confirmed(scene: Scene) -> None:
-    finalists = find_finalists(scene.candidates, descending(len(scene.rows)), scene.images)
+    finalists = find_finalists(
+        scene.candidates, descending(len(scene.rows)), scene.images, nowhere(scene.candidates)
+    )
     assert len(finalists) == 1 and len(finalists[0].members) >= MIN_SOURCES
     (said,) = scene.confirm(finalists)
     assert said.flip_rate == 1 and said.control_rate == 0
@@ -242,7 +268,9 @@ def test_the_same_pattern_means_nothing_to_an_encoder_without_the_backdoor() -> 
 
 
 def test_many_finalists_are_corrected_for(scene: Scene) -> None:
-    (finalist,) = find_finalists(scene.candidates, descending(len(scene.rows)), scene.images)
+    (finalist,) = find_finalists(
+        scene.candidates, descending(len(scene.rows)), scene.images, nowhere(scene.candidates)
+    )
     other = next(k for k in range(12) if k not in finalist.attractors.tolist())
     useless = Finalist(finalist.members, other, torch.tensor([other]))
     said = scene.confirm([useless, finalist, useless])
@@ -251,7 +279,9 @@ def test_many_finalists_are_corrected_for(scene: Scene) -> None:
 
 
 def test_batches_do_not_matter(scene: Scene) -> None:
-    finalists = find_finalists(scene.candidates, descending(len(scene.rows)), scene.images)
+    finalists = find_finalists(
+        scene.candidates, descending(len(scene.rows)), scene.images, nowhere(scene.candidates)
+    )
     assert scene.confirm(finalists) == scene.confirm(finalists, batch_size=7)
 
 

@@ -49,6 +49,9 @@ MANY_SOURCES = 10
 _COMPARED = 120
 """Strongest candidates that are compared with each other."""
 
+_COMPARED_ALONG = 40
+"""Strongest candidates along each direction that are compared, too."""
+
 _SMALLEST_RATE = 0.03
 """Below this share of steered images no attack is worth while."""
 
@@ -97,7 +100,7 @@ class Confirmation:
 
 
 def find_finalists(
-    candidates: Candidates, scores: Tensor, images: ImageSet, *, most: int = 5
+    candidates: Candidates, scores: Tensor, images: ImageSet, directions: Tensor, *, most: int = 5
 ) -> list[Finalist]:
     """Patterns that recur among the strongest candidates, most frequent first.
 
@@ -105,9 +108,16 @@ def find_finalists(
         candidates: all scored ones.
         scores: (n,) float32, higher is more suspicious.
         images: the data set, to tell copies of a picture apart from independent sources.
+        directions: (m, D) unit length, m ≥ 0, that the search looked along. The strongest along each are compared as
+            well, because one trigger's candidates may be more than all that are compared.
         most: finalists at the most; fewer lose less to the correction for many tests.
     """
-    order = scores.argsort(descending=True, stable=True)[:_COMPARED]
+    order = scores.argsort(descending=True, stable=True)
+    strongest = torch.zeros(len(order), dtype=torch.bool)
+    strongest[order[:_COMPARED]] = True
+    for push in (candidates.flips.shift @ directions.T).T:
+        strongest[push.argsort(descending=True, stable=True)[:_COMPARED_ALONG]] = True
+    order = order[strongest[order]]
     alike = patch_similarity(candidates.patches[order]) >= SAME_PATTERN
     copies = duplicate_images(images.pixels[candidates.rows[order]])
     finalists: list[Finalist] = []
