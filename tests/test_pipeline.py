@@ -363,3 +363,9 @@ def test_a_share_is_a_share(min_coverage: float) -> None:
     images, _ = planted_images(60, 0, torch.Generator().manual_seed(1))
     with pytest.raises(ConfigError, match="expected a share between 0 and 1"):
         pipeline.scan(images, planted_encoder(), min_coverage=min_coverage)
+
+
+def test_a_pass_shows_at_least_one_image() -> None:
+    images, _ = planted_images(60, 0, torch.Generator().manual_seed(0))
+    with pytest.raises(ConfigError, match="batch_size=0: expected at least 1 image per pass"):
+        pipeline.scan(images, planted_encoder(), batch_size=0)

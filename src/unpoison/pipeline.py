@@ -123,6 +123,8 @@ def scan(
     config = config or ScanConfig()
     if not 0 <= min_coverage <= 1:
         raise ConfigError(f"min_coverage={min_coverage}: expected a share between 0 and 1")
+    if batch_size is not None and batch_size < 1:
+        raise ConfigError(f"batch_size={batch_size}: expected at least 1 image per pass")
     source: Opened
     if isinstance(images, str | Path):
         source = open_source(images, root=root, follow_links=follow_links, only=only)
