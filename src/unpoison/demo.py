@@ -104,7 +104,7 @@ says `inconclusive`.
 PHOTOS = DemoSettings(
     image_size=32,
     victim=PretrainConfig(epochs=30, batch_size=128, queue_size=1024),
-    # A part of the class stays clean: cleaning that takes a whole class away cannot bring back what a clean encoder knows.
+    # A part of the class stays clean: cleaning that takes a whole class away brings back no knowledge of it.
     attack=PatchAttackConfig(targets=("coffee",), triggers=("seed:102",), size=9, rate=0.7, margin=1 / 32),
 )
 """For the crops of photographs."""
