@@ -32,7 +32,11 @@ CASES = (
         scans=SCANS,
     ),
     common.Case(
-        name="simclr", data=tiny.DATA, victim=replace(tiny.VICTIM, method="simclr"), side=16, scans=SCANS
+        name="simclr",
+        data=tiny.DATA,
+        victim=common.PretrainConfig(method="simclr", epochs=20),
+        side=16,
+        scans=SCANS,
     ),
 )
 
