@@ -10,9 +10,9 @@ import common
 from unpoison.data.views import ViewConfig
 
 DATA = common.Data(folder="tinyimagenet100", size=64, classes=10, train=500, test=50, held_out="val")
-# With 20 epochs of the defaults the encoder knows the patch, but ties it to the classes that look most like it: ASR 62, 4
-# and 3 % for the first three targets. More and smaller steps, views that often miss the patch, and colours that a class
-# keeps in all its views tie it to its own class.
+# With 20 epochs of the defaults the encoder knows the patch, but ties it to the classes that look most like it: ASR 62,
+# 4 and 3 % for the first three targets. More and smaller steps, views that often miss the patch, and colours that a
+# class keeps in all its views tie it to its own class.
 VICTIM = common.PretrainConfig(
     method="moco-v2",
     epochs=60,
