@@ -11,6 +11,7 @@ import sys
 import clean
 import common
 import demo
+import spectral_dct
 import throughput
 
 README = common.ROOT / "benchmarks" / "README.md"
@@ -21,6 +22,7 @@ TABLES = {
     "tiny": common.victim_table,
     "hard": common.victim_table,
     "clean": clean.table,
+    "spectral_dct": spectral_dct.table,
     "throughput": throughput.table,
 }
 

@@ -23,7 +23,7 @@ LAYERS = [
     {"data", "encoders"},
     set(VERBS),
     {"report", "runs"},
-    {"pipeline"},
+    {"pipeline", "audit_pipeline"},
     {"demo", "benchmark"},
     {"cli"},
     {"__init__", "__main__"},

@@ -14,7 +14,7 @@ import torch
 
 from toys import planted_encoder, planted_images, planted_patterns
 from unpoison import pipeline
-from unpoison.errors import ConfigError, NothingToScanError
+from unpoison.errors import ConfigError, NothingToScanError, NoVerdictError
 from unpoison.pretrain.loop import PretrainConfig
 from unpoison.records import Box, ImageSet, ScanResult, Skipped
 from unpoison.runs import load_result
@@ -69,7 +69,9 @@ def ranking(result: ScanResult) -> list[str]:
 
 
 def timeless(summary: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in summary.items() if key not in ("seconds", "stages")}
+    return {
+        key: value for key, value in summary.items() if key not in ("seconds", "expected_seconds", "stages")
+    }
 
 
 def forbidden(*_: object, **__: object) -> None:
@@ -369,3 +371,88 @@ def test_a_pass_shows_at_least_one_image() -> None:
     images, _ = planted_images(60, 0, torch.Generator().manual_seed(0))
     with pytest.raises(ConfigError, match="batch_size=0: expected at least 1 image per pass"):
         pipeline.scan(images, planted_encoder(), batch_size=0)
+
+
+# --- What it costs ---------------------------------------------------------------------------------------------------
+
+
+def test_the_passes_are_those_that_were_expected(reference: Scanned) -> None:
+    passes = reference.result.summary["passes"]
+    assert sum(stage["actual"] for stage in passes.values()) == reference.images_shown
+    assert all(stage["actual"] <= stage["most"] for stage in passes.values())
+    for name in ("features", "flip set", "trial"):  # one direction
+        assert passes[name]["actual"] == passes[name]["expected"]
+    # How many images the clusters hold is not known before.
+    expected, actual = (sum(stage[key] for stage in passes.values()) for key in ("expected", "actual"))
+    assert 0.6 * expected <= actual <= 1.25 * expected
+
+
+def test_the_power_statement_comes_with_every_verdict_but_poisoned(
+    poisoned: tuple[ImageSet, dict[str, Box]], reference: Scanned
+) -> None:
+    assert "power" not in reference.result.summary and "budget" not in reference.result.summary
+    clean = pipeline.scan(poisoned[0], planted_encoder(planted=False), config=CONFIG)
+    assert clean.verdict == "no_evidence"
+    power = clean.summary["power"]
+    assert power["smallest_count"] is None  # 40 held-out images confirm no patch that moves a fifth of them
+    assert power["sentence"].startswith("No amount of poison")
+
+
+def test_a_preview_decodes_and_writes_nothing_and_says_what_the_scan_says(
+    poisoned: tuple[ImageSet, dict[str, Box]], reference: Scanned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "as_image_set", forbidden)
+    encoder = planted_encoder()
+    seen = pipeline.preview(poisoned[0], encoder, config=CONFIG)
+    told = {stage.name: (stage.expected, stage.most) for stage in seen.cost.stages}
+    said = reference.result.summary["passes"]
+    assert told == {name: (stage["expected"], stage["most"]) for name, stage in said.items()}
+    assert seen.n_images == 160 and seen.rate is not None and seen.seconds and not seen.pretraining
+    without = pipeline.preview(poisoned[0], config=CONFIG, sample=100)
+    assert without.n_images == 100 and without.seconds is None and without.pretraining == 20 * 100
+    with pytest.raises(NothingToScanError, match="40 images: a scan needs at least 50"):
+        pipeline.preview(poisoned[0], encoder, limit=40)
+
+
+def test_a_budget_of_passes_is_kept_and_its_cost_in_power_is_said(
+    poisoned: tuple[ImageSet, dict[str, Box]],
+) -> None:
+    most = sum(
+        stage.most for stage in pipeline.preview(poisoned[0], planted_encoder(), config=CONFIG).cost.stages
+    )
+    budget = int(0.6 * most)
+    encoder = planted_encoder()
+    config = dataclasses.replace(CONFIG, max_passes=budget)
+    said = pipeline.scan(poisoned[0], encoder, config=config).summary
+    assert encoder.images_shown <= budget and said["budget"]["max_passes"] == budget
+    assert said["budget"]["changed"]
+    assert {"smallest_count", "smallest_count_unlimited"} <= said["budget"].keys()
+
+
+def test_a_budget_of_seconds_that_cannot_be_kept_is_no_verdict(
+    poisoned: tuple[ImageSet, dict[str, Box]],
+) -> None:
+    config = dataclasses.replace(CONFIG, max_seconds=0.001)
+    with pytest.raises(NoVerdictError, match=r"max_seconds=0\.001: too little for the smallest search"):
+        pipeline.scan(poisoned[0], planted_encoder(), config=config)
+    plenty = dataclasses.replace(CONFIG, max_seconds=1e6)
+    said = pipeline.scan(poisoned[0], planted_encoder(), config=plenty).summary
+    assert said["budget"]["changed"] == {} and said["verdict"] == "poisoned"
+
+
+def test_memory_that_runs_out_changes_no_finding(
+    poisoned: tuple[ImageSet, dict[str, Box]], reference: Scanned
+) -> None:
+    encoder = planted_encoder()
+    network = encoder.network
+
+    def small_device(images: torch.Tensor) -> torch.Tensor:
+        if len(images) > 100:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return network(images)  # type: ignore[no-any-return]
+
+    encoder.network = small_device
+    result = pipeline.scan(poisoned[0], encoder, config=CONFIG)
+    assert encoder.largest_batch is not None and encoder.largest_batch <= 100
+    assert encoder.images_shown == reference.images_shown
+    assert result.flagged == reference.result.flagged and ranking(result) == ranking(reference.result)

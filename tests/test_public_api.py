@@ -60,7 +60,7 @@ def test_it_answers_without_torch_and_fast(command):
 
 
 @pytest.mark.parametrize("first", ["from unpoison import ScanConfig", "import unpoison.scan.search", "pass"])
-@pytest.mark.parametrize("verb", ["scan", "pretrain"])
+@pytest.mark.parametrize("verb", ["scan", "pretrain", "audit"])
 def test_a_function_that_shares_its_name_with_a_package_can_always_be_called(first: str, verb: str) -> None:
     code = (
         f"{first}\nimport unpoison\ntry:\n    unpoison.{verb}()\nexcept TypeError as error:\n    print(error)"

@@ -10,7 +10,8 @@
     → flagged, clean.txt, report.html      only when the verdict is "poisoned"
     → clean("images/", "run", "cleaned")   the images that are left, copied and compared
 
-In short: ``unpoison.scan("images/", encoder="timm:resnet18", out="run").verdict``. Importing this module does no work.
+In short: ``unpoison.scan("images/", encoder="timm:resnet18", out="run").verdict``; and of an encoder that somebody else
+trained, ``unpoison.audit("encoder.safetensors", out="run").verdict``. Importing this module does no work.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from unpoison.audit.decree import DecreeConfig
+    from unpoison.audit.result import AuditResult
+    from unpoison.audit_pipeline import audit, load_audit
     from unpoison.data.load import load_images
     from unpoison.data.sources import open_source
     from unpoison.encoders.checkpoints import load_encoder, save_encoder
@@ -42,11 +46,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AuditResult",
     "Box",
     "CheckpointError",
     "Cleaned",
     "ConfigError",
     "DataError",
+    "DecreeConfig",
     "Encoder",
     "Geometry",
     "ImageSet",
@@ -62,8 +68,10 @@ __all__ = [
     "TriggerFinding",
     "UnpoisonError",
     "__version__",
+    "audit",
     "clean",
     "load",
+    "load_audit",
     "load_encoder",
     "load_images",
     "open_source",
@@ -73,6 +81,9 @@ __all__ = [
 ]
 
 _HOMES = {
+    "audit.decree": ("DecreeConfig",),
+    "audit.result": ("AuditResult",),
+    "audit_pipeline": ("audit", "load_audit"),
     "data.load": ("load_images",),
     "data.sources": ("open_source",),
     "encoders.checkpoints": ("load_encoder", "save_encoder"),

@@ -24,7 +24,7 @@ from unpoison.data.sources import ImageSource, open_source
 from unpoison.encoders.checkpoints import as_encoder, load_encoder, save_encoder
 from unpoison.encoders.encoder import Encoder, Preprocessing
 from unpoison.encoders.extract import extract_features
-from unpoison.errors import ConfigError, NothingToScanError
+from unpoison.errors import ConfigError, NothingToScanError, NoVerdictError
 from unpoison.functional.clustering import kmeans
 from unpoison.pretrain.loop import PretrainConfig, pretrain
 from unpoison.records import (
@@ -42,15 +42,24 @@ from unpoison.report.folder import write_report
 from unpoison.runs import MemoryRun, RunFolder, Stages, load_result
 from unpoison.runtime import Progress, silent, stage_generator
 from unpoison.scan.candidates import Candidates
-from unpoison.scan.config import ScanConfig
-from unpoison.scan.confirm import MANY_SOURCES, Confirmation, Finalist, confirm, find_finalists
+from unpoison.scan.config import PICTURES, TRIALS, ScanConfig, held_out_count
+from unpoison.scan.confirm import (
+    MANY_SOURCES,
+    SMALLEST_RATE,
+    Confirmation,
+    Finalist,
+    confirm,
+    find_finalists,
+)
+from unpoison.scan.cost import Rate, ScanCost, expected_cost, fit_budget, measure_rate
 from unpoison.scan.flip_test import FlipTest, nearest_rows
 from unpoison.scan.patchsearch import GradCamAttention
 from unpoison.scan.poison_classifier import ClassifierConfig, train_poison_classifier
 from unpoison.scan.poisoncam import MaskAttention
+from unpoison.scan.power import power_statement
 from unpoison.scan.search import Attention, Searcher, directed_scores, elect, vote
 
-__all__ = ["FEWEST_IMAGES", "Images", "scan"]
+__all__ = ["FEWEST_IMAGES", "Images", "Preview", "preview", "scan"]
 
 Opened = ImageSource | ImageSet | Tensor | Sequence[str | Path]
 Images = str | Path | Opened
@@ -60,9 +69,9 @@ FEWEST_IMAGES = 50
 
 Cached = Callable[[str, Callable[[], Candidates]], Candidates]
 
-_TRIALS = 64
 _SECOND_LOOK_STEP = 100
-_EVIDENCE = 24
+_SHARE_IN_ENCODER = 0.7
+"""Of the seconds that `max_seconds` leaves after the clusters; cutting, pasting and the report take the others."""
 
 
 def scan(
@@ -167,7 +176,9 @@ def scan(
                 f"{len(decoded)} readable images ({len(decoded.skipped)} unreadable): "
                 f"a scan needs at least {FEWEST_IMAGES}"
             )
-        resolved = config.resolve(len(decoded), geometry.size)
+        resolved = asked = config.resolve(len(decoded), geometry.size)
+        if config.max_passes is not None:
+            resolved = fit_budget(resolved, len(decoded), geometry.size, config.max_passes)
     except (ConfigError, NothingToScanError):
         if folder is not None:
             folder.forget()
@@ -175,9 +186,107 @@ def scan(
     suspect = given or _train(decoded, recipe, folder, seed, device, precision, progress)
     location = source.location if isinstance(source, ImageSource) else "images in memory"
     bench = _Bench(
-        decoded, location, suspect, resolved, run, seed, batch_size or _usual_batch(suspect), progress
+        decoded, location, suspect, resolved, run, seed, batch_size or _usual_batch(suspect), progress, asked
     )
     return _conclude(bench, folder, config, min_coverage, started)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preview:
+    """What a scan would cost.
+
+    Attributes:
+        config: settings as the scan would take them.
+        n_images: images that the source names, at most `limit` or `sample`; some may turn out unreadable.
+        batch_size: images per pass.
+        cost: passes, memory, disk.
+        rate: of the encoder; None without one.
+        seconds: of the expected passes at that rate; None without an encoder.
+        pretraining: images shown in training an encoder first; 0 with one.
+        power: sentence on the smallest poison that the scan would catch.
+    """
+
+    config: ScanConfig
+    n_images: int
+    batch_size: int
+    cost: ScanCost
+    rate: Rate | None
+    seconds: float | None
+    pretraining: int
+    power: str
+
+
+def preview(
+    images: Images,
+    encoder: Encoder | nn.Module | str | Path | None = None,
+    *,
+    config: ScanConfig | None = None,
+    preprocessing: Preprocessing | None = None,
+    pretrain_config: PretrainConfig | None = None,
+    image_size: int | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    batch_size: int | None = None,
+    root: str | Path | None = None,
+    follow_links: bool = False,
+    only: Collection[str] | None = None,
+    limit: int | None = None,
+    sample: int | None = None,
+) -> Preview:
+    """What a scan would cost: nothing is decoded or written, and the encoder is shown two batches of grey images.
+
+    Args:
+        images: see `scan`, as for all others that have no more to say here.
+        encoder: None counts the training of one, and knows no speed.
+        config: what to look for and how hard; `max_seconds` is not applied, since it needs the speed of the scan.
+        preprocessing: of a module.
+        pretrain_config: for `encoder` None.
+        image_size: for `encoder` None.
+        device: where the encoder is timed.
+        precision: likewise.
+        batch_size: images of the timed batch.
+        root: for a list of paths.
+        follow_links: whether links may leave the folder.
+        only: ids to keep to.
+        limit: scan only so many images.
+        sample: likewise.
+
+    Raises:
+        ConfigError: a setting is wrong, or the budget is too small.
+        NothingToScanError: fewer than 50 images.
+        CheckpointError: the encoder's weights are refused.
+    """
+    config = config or ScanConfig()
+    source: Opened = (
+        open_source(images, root=root, follow_links=follow_links, only=only)
+        if isinstance(images, str | Path)
+        else images
+    )
+    given = (
+        None if encoder is None else as_encoder(encoder, preprocessing, device=device, precision=precision)
+    )
+    geometry = given.preprocessing.geometry if given else _own_geometry(source, image_size)
+    named = len(source.ids if isinstance(source, ImageSource) else source)
+    count = min(n for n in (named, limit, sample) if n is not None)
+    if count < FEWEST_IMAGES:
+        raise NothingToScanError(f"{count} images: a scan needs at least {FEWEST_IMAGES}")
+    resolved = config.resolve(count, geometry.size)
+    if config.max_passes is not None:
+        resolved = fit_budget(resolved, count, geometry.size, config.max_passes)
+    batch = batch_size or (512 if given is None else _usual_batch(given))
+    rate = None if given is None else measure_rate(given, min(batch, count))
+    columns = 512 if rate is None else rate.features
+    cost = expected_cost(resolved, count, geometry.size, features=columns, batch_size=batch)
+    return Preview(
+        config=resolved,
+        n_images=count,
+        batch_size=batch,
+        cost=cost,
+        rate=rate,
+        seconds=None if rate is None else cost.expected / rate.images_per_second,
+        pretraining=0 if given else (pretrain_config or PretrainConfig()).resolve().epochs * count,
+        power=power_statement(resolved, count, geometry.size).sentence,
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,6 +301,7 @@ class _Bench:
     seed: int
     batch_size: int
     progress: Progress
+    asked: ScanConfig  # resolved, before a budget made it smaller
 
     def generator(self, stage: str) -> torch.Generator:
         return stage_generator(self.seed, f"scan/{stage}")
@@ -218,6 +328,7 @@ def _conclude(
     """From features to the saved result."""
     features = _features(bench)
     clusters = _clusters(bench, features)
+    bench = _within_seconds(bench, started)
     search = _search(bench, features, clusters)
     finalists = find_finalists(search.candidates, search.scores, bench.images, search.directions)
     confirmations = _confirm(bench, clusters, search, finalists)
@@ -357,6 +468,30 @@ def _clusters(bench: _Bench, features: Features) -> Clusters:
     return Clusters(**bench.run.stage("clusters", compute))
 
 
+def _within_seconds(bench: _Bench, started: float) -> _Bench:
+    """The bench with a search that fits what is left of `max_seconds`, at the rate of the features."""
+    seconds = bench.config.max_seconds
+    if seconds is None:
+        return bench
+    n_images = len(bench.images)
+
+    def compute() -> dict[str, Tensor]:
+        left = max(0.0, seconds - (time.perf_counter() - started)) * _SHARE_IN_ENCODER
+        rate = n_images / max(bench.run.seconds["features"], 1e-9)
+        return {"passes": torch.tensor(n_images + int(left * rate))}
+
+    # A stage, so that a resumed run goes on with the search that it began with.
+    granted = int(bench.run.stage("budget", compute)["passes"])
+    try:
+        config = fit_budget(bench.config, n_images, bench.images.size, granted)
+    except ConfigError as error:
+        raise NoVerdictError(
+            f"max_seconds={seconds}: too little for the smallest search on this machine; raise it, or scan fewer "
+            "images with --sample"
+        ) from error
+    return replace(bench, config=config)
+
+
 def _search(bench: _Bench, features: Features, clusters: Clusters) -> _Search:
     """Explore as published; then, unless another score is wanted, vote, and look again along the elected directions."""
     config = bench.config
@@ -385,7 +520,7 @@ def _prepare(bench: _Bench, features: Features, clusters: Clusters) -> tuple[Sea
         "the config is resolved before the search"
     )
     n_images = len(bench.images)
-    held_out = torch.randperm(n_images, generator=bench.generator("split"))[: min(1000, n_images // 4)]
+    held_out = torch.randperm(n_images, generator=bench.generator("split"))[: held_out_count(n_images)]
     allowed = torch.ones(n_images, dtype=torch.bool)
     allowed[held_out] = False
     rows = nearest_rows(
@@ -420,7 +555,7 @@ def _directions(searcher: Searcher, explored: Candidates, cached: Cached) -> Ten
     if len(directions) == 0:
         return directions
     strongest = explored.flips.score("concentrated", explored.own).argsort(descending=True, stable=True)
-    rows = explored.rows[strongest[:_TRIALS]]
+    rows = explored.rows[strongest[:TRIALS]]
     trials = [
         cached(f"trial-{number}", partial(searcher.look_again, rows, direction[None], f"trial/{number}"))
         for number, direction in enumerate(directions)
@@ -623,7 +758,7 @@ def _findings(
 
 def _evidence(bench: _Bench, search: _Search) -> Evidence:
     """The highest-scored images with the map that chose their window."""
-    best = search.scores.argsort(descending=True, stable=True)[:_EVIDENCE]
+    best = search.scores.argsort(descending=True, stable=True)[:PICTURES]
     pixels = bench.images.pixels[search.candidates.rows[best]]
 
     def compute() -> dict[str, Tensor]:
@@ -687,7 +822,11 @@ def _summary(
         "encoder_fingerprint": encoder.fingerprint,
         "images_fingerprint": images.fingerprint,
         "encoder_passes": bench.run.passes + len(search.flip_test.flip_set.pixels),
+        "passes": _passes(bench, len(search.flip_test.flip_set.pixels)),
         "seconds": round(time.perf_counter() - started, 3),
+        "expected_seconds": round(
+            _cost(bench).expected * bench.run.seconds["features"] / max(len(images), 1), 3
+        ),
         "stages": {name: round(seconds, 3) for name, seconds in bench.run.seconds.items()},
         "precision": str(encoder.precision).removeprefix("torch."),
         "config": asdict(config),
@@ -699,7 +838,59 @@ def _summary(
     }
     if reason:
         summary["reason"] = reason
+    if verdict != "poisoned":
+        summary["power"] = _power(bench, config, confirmations)
+    budget = _budget(bench, confirmations)
+    if budget:
+        summary["budget"] = budget
     return summary
+
+
+def _cost(bench: _Bench) -> ScanCost:
+    return expected_cost(bench.config, len(bench.images), bench.images.size)
+
+
+def _passes(bench: _Bench, flip_images: int) -> dict[str, dict[str, int]]:
+    """Expected passes of each stage beside the real ones; every run draws its flip set outside of the stages."""
+    actual = {**bench.run.stage_passes, "flip set": flip_images}
+    return {
+        stage.name: {"expected": stage.expected, "most": stage.most, "actual": actual.get(stage.name, 0)}
+        for stage in _cost(bench).stages
+    }
+
+
+def _power(bench: _Bench, config: ScanConfig, confirmations: list[Confirmation]) -> dict[str, Any]:
+    """The power statement of a search with these settings."""
+    tau = max((said.tau for said in confirmations), default=SMALLEST_RATE)
+    power = power_statement(config, len(bench.images), bench.images.size, tau=tau)
+    return {
+        "smallest_count": power.smallest_count,
+        "share": power.share,
+        "probability": power.probability,
+        **asdict(power.attack),
+        "tau": tau,
+        "sentence": power.sentence,
+    }
+
+
+def _budget(bench: _Bench, confirmations: list[Confirmation]) -> dict[str, Any]:
+    """What a budget took from the search, and from its power; empty where there was none."""
+    config, asked = bench.config, bench.asked
+    if config.max_passes is None and config.max_seconds is None:
+        return {}
+    changed = {
+        name: [getattr(asked, name), getattr(config, name)]
+        for name in ("exploit", "n_flips", "samples", "prune")
+        if getattr(asked, name) != getattr(config, name)
+    }
+    counts = [_power(bench, c, confirmations)["smallest_count"] for c in (asked, config)]
+    return {
+        "max_passes": config.max_passes,
+        "max_seconds": config.max_seconds,
+        "changed": changed,
+        "smallest_count_unlimited": counts[0],
+        "smallest_count": counts[1],
+    }
 
 
 def _scope(bench: _Bench) -> dict[str, list[str]]:

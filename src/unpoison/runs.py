@@ -33,6 +33,8 @@ _OURS = (
     "clean.txt",
     "flagged.txt",
     "evidence.safetensors",
+    "trigger.png",
+    "trigger.safetensors",
     "report.html",
 )
 _OUR_FOLDERS = ("cache", "triggers")
@@ -47,6 +49,7 @@ class Stages:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self.passes = 0
+        self.stage_passes: dict[str, int] = {}
 
     def stage(
         self, name: str, compute: Callable[[], dict[str, Tensor]], *, passes: Callable[[], int] = lambda: 0
@@ -62,6 +65,7 @@ class Stages:
         group = name.split("-")[0]
         self.seconds[group] = self.seconds.get(group, 0.0) + seconds
         self.passes += spent
+        self.stage_passes[group] = self.stage_passes.get(group, 0) + spent
         return tensors
 
     def _timed(

@@ -93,7 +93,7 @@ def test_a_plan_that_is_no_json_or_not_there_is_refused(tmp_path: Path) -> None:
     ("where", "value", "message"),
     [
         ((), [], r"plan is a list: expected an object"),
-        (("schema",), 99, r"plan.schema is 99, this version reads 1: install a matching unpoison"),
+        (("schema",), 99, r"plan.schema is 99, this version reads 1 and 2: install a matching unpoison"),
         (("schema",), True, r"plan.schema is a truth value: expected a whole number"),
         (("method",), None, r"plan.method is null: expected a text"),
         (("seed",), 1.5, r"plan.seed is a number: expected a whole number"),

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from PIL import Image
 
 from unpoison.attack.plan import read_plan
 
@@ -95,3 +96,20 @@ def test_odd_pairs_and_used_folders_are_refused(run, image_folder, tmp_path):
     (out / "mine.txt").touch()
     done = run("attack", "patch", image_folder, "--out", out, "--target", "cat", "--size", 4)
     assert done.exit_code == 2 and "nothing is overwritten" in done.stderr
+
+
+@pytest.mark.parametrize("method", ["ctrl", "blended", "sig"])
+def test_triggers_that_cover_the_image(run, tmp_path, method):
+    for name in ("cat", "dog"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number in range(3):
+            Image.new("RGB", (40, 32), (90 + number, 120, 130)).save(
+                tmp_path / "images" / name / f"{number}.png"
+            )
+    out = tmp_path / "poisoned"
+    options = ("--target", "cat", "--rate", 1, "--rate-of", "class", "--json")
+    done = run("attack", method, tmp_path / "images", "--out", out, *options)
+    assert done.exit_code == 0, done.output
+    plan = read_plan(out / "plan.json")
+    assert json.loads(done.stdout)["method"] == plan.method == method == plan.triggers[0].kind
+    assert len(plan.poisoned) == 3 and plan.poisoned[0].box.area == 40 * 32

@@ -99,7 +99,7 @@ def test_an_interrupt_is_130_and_says_how_to_go_on(run, monkeypatch):
     assert (done.exit_code, done.stderr) == (130, "unpoison: interrupted; the same command resumes\n")
 
 
-@pytest.mark.parametrize("verb", ["scan", "clean", "report", "schema", "doctor", "demo", "evaluate"])
+@pytest.mark.parametrize("verb", ["scan", "audit", "clean", "report", "schema", "doctor", "demo", "evaluate"])
 def test_help_of_light_verbs_does_not_import_torch(verb):
     code = f"import sys; from unpoison.cli.main import app; app(['{verb}', '--help'], standalone_mode=False)"
     code += "; assert 'torch' not in sys.modules"
@@ -121,5 +121,5 @@ def test_the_module_runs_as_a_program():
     assert (done.returncode, done.stdout) == (2, "")
     assert (
         done.stderr
-        == "unpoison: error: schema 'nothing': expected verdict or findings or plan or benchmark\n"
+        == "unpoison: error: schema 'nothing': expected verdict or findings or plan or benchmark or audit\n"
     )

@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -173,3 +174,66 @@ def test_without_an_encoder_it_says_that_it_trains_one(run, scanning, image_fold
     done = run("scan", image_folder, "--out", tmp_path / "run", "--epochs", 7, "--image-size", 32)
     assert "no --encoder: training one on the images first" in done.stderr
     assert calls[0]["pretrain_config"].epochs == 7 and calls[0]["image_size"] == 32
+
+
+@pytest.fixture
+def previewing(replace_module):
+    """Make `unpoison.pipeline.preview` give a small scan's, with or without an encoder; returns its calls."""
+    from unpoison.scan.cost import Rate, expected_cost
+
+    def forbidden(*_, **__):
+        raise AssertionError("nothing may run")
+
+    def prepare(*, with_encoder=True):
+        calls, rate = [], Rate(1000.0, 64, 2**30) if with_encoder else None
+
+        def preview(images, encoder=None, **options):
+            calls.append({"images": images, "encoder": encoder, **options})
+            config = options["config"].resolve(1000, 32)
+            seen = {
+                "config": config,
+                "n_images": 1000,
+                "batch_size": 512,
+                "rate": rate,
+                "power": "A sentence",
+            }
+            seen |= {"cost": expected_cost(config, 1000, 32), "seconds": rate and 12.3}
+            return SimpleNamespace(**seen, pretraining=0 if rate else 20_000)
+
+        replace_module("pipeline", preview=preview, scan=forbidden)
+        return calls
+
+    return prepare
+
+
+def test_a_dry_run_prints_the_cost_and_writes_nothing(run, previewing, image_folder, tmp_path):
+    calls = previewing()
+    out = tmp_path / "run"
+    done = run("scan", image_folder, "--out", out, "--encoder", "timm:resnet18", "--dry-run", "--limit", 1000)
+    assert done.exit_code == 0, done.output
+    assert "Encoder passes for 1,000 images" in done.stdout and "about 12 s in the encoder" in done.stdout
+    assert "memory of the device: 1,024 MiB" in done.stdout and "A sentence." in done.stdout
+    assert not out.exists() and calls[0]["limit"] == 1000 and calls[0]["encoder"] == "timm:resnet18"
+
+
+def test_a_dry_run_as_json(run, previewing, image_folder, tmp_path):
+    previewing(with_encoder=False)
+    done = run("scan", image_folder, "--out", tmp_path / "run", "--dry-run", "--json")
+    value = json.loads(done.stdout)
+    assert value["expected_passes"] == sum(stage["expected"] for stage in value["passes"].values())
+    assert value["expected_seconds"] is None and value["pretraining_images"] == 20_000
+    assert value["config"]["clusters"] == 50
+
+
+@pytest.mark.parametrize(("text", "value"), [("200", 200.0), ("0.002", 0.002), ("0.2%", 0.002)])
+def test_the_smallest_poison_is_a_number_or_a_share(run, scanning, image_folder, tmp_path, text, value):
+    calls = scanning(fake_result())
+    more = ["--race", "--max-passes", 500_000, "--max-seconds", 60]
+    run("scan", image_folder, "--out", tmp_path / "run", "--min-poison", text, *more)
+    wanted = ScanConfig(min_poison=value, race=True, max_passes=500_000, max_seconds=60)
+    assert calls[0]["config"] == wanted
+
+
+def test_a_smallest_poison_that_is_no_number_is_refused(run, image_folder, tmp_path):
+    done = run("scan", image_folder, "--out", tmp_path / "run", "--min-poison", "few")
+    assert done.exit_code == 2 and "--min-poison few: expected a number of images" in done.stderr

@@ -15,5 +15,5 @@ def test_an_unknown_name_is_wrong_usage(run):
     done = run("schema", "report")
     assert (
         done.exit_code == 2
-        and "schema 'report': expected verdict or findings or plan or benchmark" in done.stderr
+        and "schema 'report': expected verdict or findings or plan or benchmark or audit" in done.stderr
     )

@@ -100,3 +100,33 @@ def test_wrong_statistics_are_refused() -> None:
     for mean in ((0.5, 0.5, 123.7), (-0.1, 0.5, 0.5)):
         with pytest.raises(ConfigError, match=r"expected three numbers in \[0, 1\]; divide by 255"):
             Preprocessing(geometry=Geometry(8, 8), mean=mean)
+
+
+class Small:
+    """A device with room for so many images."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self.batches: list[int] = []
+
+    def __call__(self, images: Tensor) -> Tensor:
+        self.batches.append(len(images))
+        if len(images) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return means(images)
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_so_are_the_next() -> None:
+    network = Small(3)
+    small = encoder(network)
+    torch.testing.assert_close(small.features(pixels(16)), encoder().features(pixels(16)), rtol=0, atol=0)
+    assert network.batches == [16, 8, 4, *[2] * 8] and small.largest_batch == 2
+    network.batches.clear()
+    small.features(pixels(5))
+    assert network.batches == [2, 2, 1]
+    assert small.images_shown == 21
+
+
+def test_one_image_that_does_not_fit_is_an_error() -> None:
+    with pytest.raises(torch.OutOfMemoryError):
+        encoder(Small(0)).features(pixels(4))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -254,7 +253,7 @@ def test_a_planted_trigger_is_confirmed(scene: Scene) -> None:
     assert len(finalists) == 1 and len(finalists[0].members) >= MIN_SOURCES
     (said,) = scene.confirm(finalists)
     assert said.flip_rate == 1 and said.control_rate == 0
-    assert said.p_value < 1e-12 and said.tau == module._SMALLEST_RATE
+    assert said.p_value < 1e-12 and said.tau == module.SMALLEST_RATE
     own = torch.isin(scene.clusters.assignment[scene.held_out], finalists[0].attractors)
     assert said.n_images == 80 - int(own.sum())  # images that live there already cannot be moved there
 
@@ -275,7 +274,7 @@ def test_many_finalists_are_corrected_for(scene: Scene) -> None:
     useless = Finalist(finalist.members, other, torch.tensor([other]))
     said = scene.confirm([useless, finalist, useless])
     assert said[0].p_value == said[2].p_value == 1 and said[1].p_value < 1e-10
-    assert said[1].p_value == pytest.approx(3 * binomial_tail(said[1].n_images, said[1].n_images, 0.03))
+    assert said[1].p_value == pytest.approx(3 * binomial_tail(said[1].n_images, said[1].n_images, 0.05))
 
 
 def test_batches_do_not_matter(scene: Scene) -> None:
@@ -295,13 +294,14 @@ def test_where_everyone_lives_at_the_target_nothing_is_claimed(scene: Scene) -> 
     assert (said.n_images, said.flip_rate, said.p_value) == (0, 0, 1)
 
 
-def benign_flips(net: float) -> Flips:
+def benign_flips(net: float) -> tuple[Tensor, Flips]:
     """64 windows that each bring this share of the images to every one of 12 clusters, over their controls."""
     gain = torch.full((64, 12), net)
-    return Flips(torch.zeros(64), gain, torch.zeros_like(gain), torch.zeros(64, 2))
+    windows = torch.zeros(64, 3, WINDOW, WINDOW, dtype=torch.uint8)
+    return windows, Flips(torch.zeros(64), gain, torch.zeros_like(gain), torch.zeros(64, 2))
 
 
-@pytest.mark.parametrize(("benign", "tau"), [(0.0, 0.03), (0.01, 0.03), (0.1, 0.2), (-0.1, 0.03)])
+@pytest.mark.parametrize(("benign", "tau"), [(0.0, 0.05), (0.01, 0.05), (0.1, 0.2), (-0.1, 0.05)])
 def test_what_has_to_be_exceeded_is_twice_what_benign_windows_do_and_never_less_than_the_floor(
     scene: Scene, monkeypatch: pytest.MonkeyPatch, benign: float, tau: float
 ) -> None:
@@ -326,6 +326,7 @@ def test_false_alarms_stay_below_alpha(scene: Scene, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(module, "_paste_pairs", answers)
     monkeypatch.setattr(module, "_benign_flips", lambda *_: benign_flips(tau / 2))
+    monkeypatch.setattr(module, "_unlike", lambda windows, _: torch.ones(len(windows), dtype=torch.bool))
     finalists = [Finalist(torch.tensor([0]), k, torch.tensor([k])) for k in range(n_finalists)]
     alarms = sum(min(said.p_value for said in scene.confirm(finalists)) <= alpha for _ in range(runs))
     margin = 3 * math.sqrt(alpha * (1 - alpha) / runs)
@@ -356,22 +357,14 @@ def test_a_patch_that_steers_by_colour_alone_is_told_apart(
     assert said.steering_p_value < 1e-6
 
 
-@pytest.mark.parametrize(("n_suspected", "left_out"), [(70, True), (90, False)])
-def test_the_threshold_is_not_taken_from_the_finalists_own_clusters(n_suspected: int, left_out: bool) -> None:
-    """Else a fifth of poisoned images lifts the threshold to what the trigger does; unless too few images remain."""
-    assignment = (torch.arange(100) >= n_suspected).long()
-    pixels = (assignment * 200).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 8, 8).contiguous()
-    images = ImageSet(tuple(f"{row:02d}.png" for row in range(100)), pixels, ())
-    seen: list[Tensor] = []
-    flip_test = SimpleNamespace(window=4, run=lambda patches, generator: seen.append(patches))
-    module._benign_flips(
-        images,
-        Clusters(torch.eye(2), assignment),
-        torch.tensor([0, 0]),
-        flip_test,  # type: ignore[arg-type]
-        torch.tensor([0, 99]),
-        torch.Generator().manual_seed(0),
-    )
-    shown = set(seen[0].flatten().tolist())
-    assert shown == ({200} if left_out else {0, 200})
-    assert len(seen[0]) == (29 if left_out else 64)
+def test_the_threshold_counts_no_window_that_shows_the_pattern() -> None:
+    """Else a fifth of poisoned images lifts it to what the trigger does."""
+    generator = torch.Generator().manual_seed(0)
+    pattern = planted_pattern()[None]
+    innocent = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8, generator=generator)
+    moved = pattern.roll(3, dims=3)
+    windows = torch.cat((innocent, pattern, moved))
+    assert module._unlike(windows, pattern).tolist() == [True] * 5 + [False] * 2
+    assert (
+        module._unlike(windows[5:], pattern).tolist() == [True] * 2
+    )  # nothing else is there to compare with

@@ -13,6 +13,7 @@ from toys import SIZE, planted_encoder, planted_images, planted_pattern
 from unpoison.encoders.encoder import Encoder
 from unpoison.encoders.extract import extract_features
 from unpoison.functional.clustering import assign, kmeans
+from unpoison.functional.sequential import DROPPED, SequentialTest
 from unpoison.functional.windows import crop_windows, paste_windows
 from unpoison.records import Clusters, ImageSet
 from unpoison.scan.flip_test import Flips, FlipTest, draw_corners, nearest_rows, shuffle_blocks
@@ -232,3 +233,65 @@ def test_the_baseline_is_the_images_own_clusters(toy) -> None:
     assert torch.equal(test.flip_set.assignment, assign(features[:20], clusters.centroids))
     shares = torch.bincount(clusters.assignment[:20], minlength=12) / 20
     torch.testing.assert_close(test.baseline[0] / len(rows), shares)
+
+
+# --- the race
+
+
+def race_of(
+    toy, test: SequentialTest, patches: Tensor, kind: str = "concentrated"
+) -> tuple[Flips, Flips, int, int]:
+    """Flips of a race and of the whole flip set, and the passes of each."""
+    poisoned = toy[4]
+    rows = (~poisoned).nonzero().flatten()[:48]
+    racing = flip_test(toy, rows, with_control=True, batch_size=1000)
+    start = toy[0].images_shown
+    order = torch.randperm(48, generator=generator(7))
+    raced = racing.race(patches, kind=kind, order=order, generator=generator(4), test=test)
+    middle = toy[0].images_shown
+    whole = racing.run(patches, generator=generator(4))
+    return raced, whole, middle - start, toy[0].images_shown - middle
+
+
+@pytest.mark.parametrize("kind", ["concentrated", "any", "source"])
+def test_survivors_of_a_race_have_the_flips_of_the_whole_set(toy, kind: str) -> None:
+    patches = torch.cat((some_patches(toy[1], 20), trigger_patch()))
+    test = SequentialTest(null_rate=0.0, rate=0.5, alpha=0.0, beta=0.05, batch=8)
+    raced, whole, passes, exhaustive = race_of(toy, test, patches, kind)
+    own = torch.zeros(21, dtype=torch.int64)
+    mine, theirs = (f.score(kind, own) for f in (raced, whole))
+    assert passes < 0.6 * exhaustive
+    for name in ("changed", "gain", "control_gain", "shift"):  # of the trigger, which comes last
+        torch.testing.assert_close(getattr(raced, name)[-1], getattr(whole, name)[-1], atol=1e-6, rtol=0)
+    strong = theirs >= test.rate
+    torch.testing.assert_close(mine[strong], theirs[strong], atol=1e-6, rtol=0)
+    if kind != "source":
+        assert int(mine.argmax()) == 20 and bool(strong[20])
+
+
+def test_a_race_without_errors_is_the_whole_flip_test(toy) -> None:  # invariant 9
+    patches = torch.cat((some_patches(toy[1]), trigger_patch()))
+    raced, whole, passes, exhaustive = race_of(toy, SequentialTest(alpha=0.0, beta=0.0), patches)
+    assert passes == exhaustive
+    for name in ("changed", "gain", "control_gain", "shift"):
+        torch.testing.assert_close(getattr(raced, name), getattr(whole, name), atol=1e-6, rtol=0)
+
+
+def test_misses_of_a_race_stay_below_beta_over_the_orders(toy) -> None:
+    """A patch that moves just the rate, over many orders of the same flip images."""
+    racing = flip_test(toy, (~toy[4]).nonzero().flatten()[:48], with_control=True)
+    base = racing.flip_set.assignment
+    target = int(base.mode().values) ^ 1
+    away = (base != target).nonzero().flatten()[:10]  # a fifth of 48 images, and no image less
+    after = racing.flip_set.features.clone()
+    after[away] = racing.centroids[target]
+    test = SequentialTest(null_rate=0.0, rate=0.2, alpha=0.0, beta=0.05, batch=8)
+    missed = 0
+    for seed in range(1000):
+        order = torch.randperm(48, generator=generator(seed))
+        for look in test.looks(48):
+            hits = racing._hits(after[order[:look]][None], None, order[:look], "concentrated")
+            if int(test.decide(hits, look, 48)) == DROPPED:
+                missed += 1
+                break
+    assert missed <= 1000 * 0.05 + 3 * math.sqrt(1000 * 0.05 * 0.95)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -16,7 +17,7 @@ from unpoison.records import Box, Clusters, ImageSet
 from unpoison.runtime import silent, stage_generator
 from unpoison.scan.candidates import Candidates
 from unpoison.scan.config import ScanConfig
-from unpoison.scan.flip_test import Flips, FlipTest, nearest_rows
+from unpoison.scan.flip_test import RACE, Flips, FlipTest, nearest_rows
 from unpoison.scan.poisoncam import MaskAttention
 from unpoison.scan.search import Searcher, directed_scores, elect, n_scored, vote
 
@@ -310,17 +311,21 @@ def test_directed_scores_take_the_best_direction() -> None:
 # --- the toy with a planted backdoor
 
 
-def toy_searcher(seed: int, *, batch_size: int = 256, patches: int = 1) -> tuple[Searcher, dict[str, Box]]:
+def toy_searcher(
+    seed: int, *, batch_size: int = 256, patches: int = 1, n_flips: int = 24
+) -> tuple[Searcher, dict[str, Box]]:
     images, boxes = planted_images(240, 30, generator(seed))
     encoder = planted_encoder()
     features = extract_features(encoder, images).values
     clusters = kmeans(features, 12, generator=generator(seed))
-    config = ScanConfig(window=WINDOW, n_flips=24, clusters=12, patches=patches).resolve(240, 32)
+    config = ScanConfig(window=WINDOW, n_flips=n_flips, clusters=12, patches=patches).resolve(240, 32)
 
     def drawn(step: str) -> torch.Generator:
         return stage_generator(seed, step)
 
-    flips = nearest_rows(features, clusters, torch.ones(240, dtype=torch.bool), 24, generator=drawn("flips"))
+    flips = nearest_rows(
+        features, clusters, torch.ones(240, dtype=torch.bool), n_flips, generator=drawn("flips")
+    )
     allowed = torch.ones(240, dtype=torch.bool)
     allowed[flips] = False
     attention = MaskAttention(encoder, clusters, config, generator=drawn("masks"), batch_size=batch_size)
@@ -392,3 +397,23 @@ def test_another_seed_looks_at_other_images(explored) -> None:
     searcher, _, found = explored
     other = Searcher(**{**vars(searcher), "generator": lambda step: stage_generator(1, step)})
     assert not torch.equal(other.explore(plainly).rows, found.rows)
+
+
+def test_a_race_finds_the_survivors_of_the_whole_search_with_fewer_passes() -> None:
+    searcher, boxes = toy_searcher(0, batch_size=1024, n_flips=96)
+    encoder, rows = searcher.flip_test.encoder, list(range(0, 48))
+    start = encoder.images_shown
+    whole = searcher.score(rows, "some")
+    middle = encoder.images_shown
+    racing = Searcher(**{**vars(searcher), "config": dataclasses.replace(searcher.config, race=True)})
+    raced = racing.score(rows, "some")
+    assert torch.equal(raced.corners, whole.corners)
+    mine, theirs = (c.flips.score("concentrated", c.own) for c in (raced, whole))
+    strong = theirs >= RACE.rate
+    planted = is_planted(searcher, boxes, whole)
+    assert strong.sum() >= 3 and bool(planted[strong].all())
+    torch.testing.assert_close(mine[strong], theirs[strong], atol=1e-6, rtol=0)
+    torch.testing.assert_close(raced.flips.shift[strong], whole.flips.shift[strong], atol=1e-6, rtol=0)
+    assert float(mine[~strong].max()) < float(mine[strong].min())
+    masks = 48 * (1 + len(searcher.attention.masks))  # type: ignore[attr-defined]
+    assert encoder.images_shown - middle - masks < 0.7 * (middle - start - masks)

@@ -25,6 +25,7 @@ from torch import Tensor
 from unpoison.data.decode import decode_image
 from unpoison.data.export import write_json_atomically
 from unpoison.errors import ConfigError, DataError
+from unpoison.functional.global_triggers import GLOBAL_KINDS, apply_global
 from unpoison.functional.triggers import RESAMPLES, resize_pattern
 from unpoison.records import Box, Geometry, Skipped
 
@@ -32,6 +33,9 @@ __all__ = ["PLAN_SCHEMA", "Plan", "PoisonedImage", "Trigger", "default_side", "r
 
 PLAN_SCHEMA = 1
 """Version of plan.json; grows when a reader of the old one would misread the new one."""
+
+_SCHEMA_OF_GLOBAL = 2
+"""What a plan says when one of its triggers covers the whole image: an older reader would paste it as a patch."""
 
 MAX_PATTERN_PIXELS = 512 * 512
 """A pattern is embedded in the plan, so it must stay small."""
@@ -57,6 +61,9 @@ class Trigger:
         target_name: name of the target class; what stays true when classes are numbered differently.
         side: paste width in pixels; None = 50/224 of the short side of each image.
         resample: how the pattern reaches its paste size: `nearest`, `bilinear` or `bicubic`.
+        kind: `patch`, pasted somewhere, or what changes the whole image (see `functional.global_triggers`); `side` and
+            `resample` then mean nothing, and the pattern of `ctrl` and `sig` is a picture for people.
+        strength: of a trigger that changes the whole image.
     """
 
     pattern: Tensor
@@ -65,6 +72,17 @@ class Trigger:
     target_name: str = ""
     side: int | None = None
     resample: str = "nearest"
+    kind: str = "patch"
+    strength: float = 1.0
+
+    @property
+    def is_global(self) -> bool:
+        """Whether it changes the whole image."""
+        return self.kind != "patch"
+
+    def applied(self, images: Tensor) -> Tensor:
+        """Images (N, 3, H, W) uint8 with a trigger that changes all of them."""
+        return apply_global(images, self.kind, self.strength, self.pattern)
 
     def pasted(self, short_side: int, side: int | None = None) -> Tensor:
         """The pattern as it is stamped on an image of this short side; `side` overrides the trigger's own width."""
@@ -158,7 +176,7 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """The plan as plain JSON values; `from_json` gives it back."""
         return {
-            "schema": PLAN_SCHEMA,
+            "schema": _SCHEMA_OF_GLOBAL if any(t.is_global for t in self.triggers) else PLAN_SCHEMA,
             "method": self.method,
             "seed": self.seed,
             "config": dict(self.config),
@@ -171,6 +189,7 @@ class Plan:
                     "resample": trigger.resample,
                     "png": _to_png(trigger.pattern),
                     "n_class": size,
+                    **({"kind": trigger.kind, "strength": trigger.strength} if trigger.is_global else {}),
                 }
                 for trigger, size in zip(self.triggers, self.class_sizes, strict=True)
             ],
@@ -187,9 +206,10 @@ class Plan:
         """
         plan = _Reader(value, "plan")
         schema = plan.integer("schema", low=1)
-        if schema != PLAN_SCHEMA:
+        if schema not in (PLAN_SCHEMA, _SCHEMA_OF_GLOBAL):
             raise DataError(
-                f"plan.schema is {schema}, this version reads {PLAN_SCHEMA}: install a matching unpoison"
+                f"plan.schema is {schema}, this version reads {PLAN_SCHEMA} and {_SCHEMA_OF_GLOBAL}: "
+                "install a matching unpoison"
             )
         entries = plan.items("triggers")
         if not entries:
@@ -244,6 +264,9 @@ def _read_trigger(entry: _Reader) -> Trigger:
     resample = entry.text("resample")
     if resample not in RESAMPLES:
         raise DataError(f"{entry.where}.resample is {resample!r}: expected one of {', '.join(RESAMPLES)}")
+    kind = entry.text("kind") if "kind" in entry.fields else "patch"
+    if kind not in ("patch", *GLOBAL_KINDS):
+        raise DataError(f"{entry.where}.kind is {kind!r}: expected one of patch, {', '.join(GLOBAL_KINDS)}")
     return Trigger(
         pattern=_from_png(entry.text("png"), f"{entry.where}.png"),
         name=entry.text("name"),
@@ -251,7 +274,17 @@ def _read_trigger(entry: _Reader) -> Trigger:
         target_name=entry.child("target").text("name"),
         side=None if entry.get("side") is None else entry.integer("side", low=1),
         resample=resample,
+        kind=kind,
+        strength=1.0 if kind == "patch" else _read_strength(entry, kind),
     )
+
+
+def _read_strength(entry: _Reader, kind: str) -> float:
+    value = entry.get("strength")
+    most = 1.0 if kind == "blended" else 1000.0
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
+        raise DataError(f"{entry.where}.strength is {value!r}: expected a number in (0, {most:g}]")
+    return float(value)
 
 
 def _read_poisoned(entry: _Reader, n_triggers: int) -> PoisonedImage:

@@ -17,8 +17,9 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import Field, asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -37,10 +38,13 @@ from unpoison.runtime import Progress, silent, stage_generator
 __all__ = [
     "METHOD",
     "TEST_MARGIN",
+    "AttackConfig",
     "PatchAttackConfig",
+    "class_index",
     "make_triggers",
     "paste_everywhere",
     "poison",
+    "read_pattern",
     "write_poisoned_copy",
 ]
 
@@ -53,6 +57,35 @@ TEST_MARGIN = 0.10
 _SAVED_AT = 946_684_800  # one modification time for every written file (2000-01-01): no file is the newest
 _SEED_TRIGGER = re.compile(r"seed:(\d+)\Z")
 _Size = tuple[int, int]  # width, height in pixels
+
+
+class AttackConfig(Protocol):
+    """Settings of any attack that plants triggers in images of its target classes: a frozen dataclass of its own."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    @property
+    def method(self) -> str:
+        """The name of the attack in plans."""
+
+    @property
+    def rate(self) -> float:
+        """How much each trigger poisons, a fraction in (0, 1]."""
+
+    @property
+    def rate_of(self) -> str:
+        """What `rate` is a fraction of: the target `class`, or the whole `dataset`."""
+
+    @property
+    def margin(self) -> float:
+        """Fraction of the image that a patch leaves free on each side."""
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether every image of every class is poisoned."""
+
+    def make_triggers(self, class_names: Sequence[str]) -> tuple[Trigger, ...]:
+        """The triggers, each with its target class."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +114,8 @@ class PatchAttackConfig:
     resample: str = "nearest"
     everywhere: bool = False
 
+    method: ClassVar[str] = METHOD
+
     def __post_init__(self) -> None:
         if not self.targets or len(self.targets) != len(self.triggers):
             raise ConfigError(
@@ -108,9 +143,13 @@ class PatchAttackConfig:
                 f"everywhere with {len(self.targets)} pairs: expected one trigger on every image; run once per trigger"
             )
 
+    def make_triggers(self, class_names: Sequence[str]) -> tuple[Trigger, ...]:
+        """As the function of this name."""
+        return make_triggers(self, class_names)
+
 
 def poison(
-    images: ImageSet, labels: Tensor, class_names: Sequence[str], config: PatchAttackConfig, seed: int
+    images: ImageSet, labels: Tensor, class_names: Sequence[str], config: AttackConfig, seed: int
 ) -> tuple[ImageSet, Plan]:
     """Poison decoded images in memory.
 
@@ -121,7 +160,7 @@ def poison(
         images: left as they are.
         labels: (N,) integers into `class_names`, in the order of the images.
         class_names: what the labels mean.
-        config: see `PatchAttackConfig`.
+        config: `PatchAttackConfig`, or the config of another attack with triggers.
         seed: of this attack.
 
     Returns:
@@ -139,7 +178,7 @@ def poison(
         raise ShapeError(
             f"labels must lie in 0..{len(class_names) - 1}, got {int(labels.min())}..{int(labels.max())}"
         )
-    triggers = make_triggers(config, class_names)
+    triggers = config.make_triggers(class_names)
     height, width = images.pixels.shape[2:]
     by_id = dict(zip(images.ids, labels.tolist(), strict=True))
     poisoned = _choose(dict.fromkeys(images.ids, (width, height)), by_id, triggers, config, seed)
@@ -170,7 +209,7 @@ def paste_everywhere(images: ImageSet, trigger: Trigger, *, seed: int, side: int
 def write_poisoned_copy(
     source: ImageSource,
     labels: Labels,
-    config: PatchAttackConfig,
+    config: AttackConfig,
     out: str | Path,
     seed: int,
     *,
@@ -186,7 +225,7 @@ def write_poisoned_copy(
     Args:
         source: only read.
         labels: the class of every image of the source.
-        config: see `PatchAttackConfig`.
+        config: `PatchAttackConfig`, or the config of another attack with triggers.
         out: does not exist yet, or is an empty folder.
         seed: of this attack; the same seed writes the same bytes.
         progress: called after every image.
@@ -204,7 +243,7 @@ def write_poisoned_copy(
             f"{out} exists and is not an empty folder: choose another --out, nothing is overwritten"
         )
     classes = dict(zip(source.ids, labels.of(source.ids).tolist(), strict=True))
-    triggers = make_triggers(config, labels.class_names)  # complains before the long work begins
+    triggers = config.make_triggers(labels.class_names)  # complains before the long work begins
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         staging = out.parent / f".{out.name}.{os.getpid()}.partial"
@@ -238,19 +277,24 @@ def make_triggers(config: PatchAttackConfig, class_names: Sequence[str]) -> tupl
 def _make_trigger(
     name: str, target: str | int, config: PatchAttackConfig, class_names: Sequence[str]
 ) -> Trigger:
-    index = _class_index(target, class_names)
+    index = class_index(target, class_names)
     match = _SEED_TRIGGER.match(name)
     if match:
         pattern = draw_grid(stage_generator(int(match[1]), "attack/trigger"))
         if config.resample == "bicubic":
             pattern = resize_pattern(pattern, 80, "bicubic")
     else:
-        pattern = _read_pattern(name)
+        pattern = read_pattern(name)
         name = Path(name).name
     return Trigger(pattern, name, index, class_names[index], config.size, config.resample)
 
 
-def _class_index(target: str | int, class_names: Sequence[str]) -> int:
+def class_index(target: str | int, class_names: Sequence[str]) -> int:
+    """Index of a class that is given by name or by index.
+
+    Raises:
+        ConfigError: there is no such class.
+    """
     names = list(class_names)
     if isinstance(target, str) and target in names:
         return names.index(target)
@@ -260,7 +304,13 @@ def _class_index(target: str | int, class_names: Sequence[str]) -> int:
     raise ConfigError(f"target {target!r} is no class of this data set; it has {shown}")
 
 
-def _read_pattern(path: str) -> Tensor:
+def read_pattern(path: str) -> Tensor:
+    """The pixels of a trigger file, (3, h, w) uint8.
+
+    Raises:
+        ConfigError: there is no such file.
+        DataError: it cannot be decoded.
+    """
     if not Path(path).is_file():
         raise ConfigError(f"trigger {path!r}: expected seed:N or the path of an image file")
     try:
@@ -277,7 +327,7 @@ def _choose(
     sizes: dict[str, _Size],
     classes: dict[str, int],
     triggers: tuple[Trigger, ...],
-    config: PatchAttackConfig,
+    config: AttackConfig,
     seed: int,
 ) -> tuple[PoisonedImage, ...]:
     """Decide for all readable images at once; `sizes` names them, `classes` may name more."""
@@ -296,7 +346,7 @@ def _choose(
     return tuple(sorted(poisoned, key=lambda image: image.id))
 
 
-def _how_many(config: PatchAttackConfig, n_class: int, n_images: int, trigger: Trigger) -> int:
+def _how_many(config: AttackConfig, n_class: int, n_images: int, trigger: Trigger) -> int:
     if not n_class:
         raise ConfigError(f"target {trigger.target_name!r} has no readable image: choose another target")
     count = max(1, int(config.rate * (n_class if config.rate_of == "class" else n_images) + 0.5))
@@ -324,6 +374,8 @@ def _too_few(count: int, fitting: list[str], members: list[str], taken: set[str]
 
 def _pasted_size(trigger: Trigger, size: _Size) -> _Size:
     """Width and height of the trigger on an image of this size; as `Trigger.pasted` makes it, without making it."""
+    if trigger.is_global:
+        return size
     side = trigger.side or default_side(min(size))
     height, width = trigger.pattern.shape[1:]
     return side, max(1, round(side * height / width))
@@ -359,6 +411,9 @@ def _stamp_all(images: ImageSet, triggers: tuple[Trigger, ...], poisoned: Sequen
         mine = [image for image in poisoned if image.trigger == index]
         if mine:
             rows = torch.tensor([row_of[image.id] for image in mine])
+            if trigger.is_global:
+                pixels[rows] = trigger.applied(pixels[rows])
+                continue
             top = torch.tensor([image.box.y for image in mine])
             left = torch.tensor([image.box.x for image in mine])
             pixels[rows] = stamp(pixels[rows], trigger.pasted(min(images.pixels.shape[2:])), top, left)
@@ -366,7 +421,7 @@ def _stamp_all(images: ImageSet, triggers: tuple[Trigger, ...], poisoned: Sequen
 
 
 def _plan(
-    config: PatchAttackConfig,
+    config: AttackConfig,
     seed: int,
     triggers: tuple[Trigger, ...],
     poisoned: tuple[PoisonedImage, ...],
@@ -374,10 +429,10 @@ def _plan(
     skipped: Iterable[Skipped],
 ) -> Plan:
     sizes = Counter(classes.values())
-    settings = asdict(config)
-    settings["targets"], settings["triggers"] = list(config.targets), [trigger.name for trigger in triggers]
+    settings = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(config).items()}
+    settings["triggers"] = [trigger.name for trigger in triggers]
     return Plan(
-        method=METHOD,
+        method=config.method,
         seed=seed,
         config=settings,
         triggers=triggers,
@@ -393,6 +448,8 @@ def _fingerprint(images: ImageSet, triggers: tuple[Trigger, ...], poisoned: Sequ
     digest = hashlib.sha256(images.fingerprint.encode())
     for trigger in triggers:
         digest.update(trigger.pasted(images.size).numpy().tobytes())
+        if trigger.is_global:
+            digest.update(f"{trigger.kind}\t{trigger.strength}".encode())
     for image in poisoned:
         digest.update(f"\n{image.id}\t{image.trigger}\t{image.box}".encode())
     return digest.hexdigest()
@@ -407,7 +464,7 @@ def _write_into(
     class_names: Sequence[str],
     classes: dict[str, int],
     triggers: tuple[Trigger, ...],
-    config: PatchAttackConfig,
+    config: AttackConfig,
     seed: int,
     progress: Progress,
 ) -> Plan:
@@ -504,5 +561,8 @@ def _save(image: Image.Image, path: Path) -> None:
 def _paste(path: Path, trigger: Trigger, box: Box) -> Image.Image:
     with Image.open(path) as stored:
         pixels = torch.from_numpy(np.array(stored)).permute(2, 0, 1)[None]
-    stamped = stamp(pixels, trigger.pasted(min(pixels.shape[2:])), box.y, box.x)
+    if trigger.is_global:
+        stamped = trigger.applied(pixels)
+    else:
+        stamped = stamp(pixels, trigger.pasted(min(pixels.shape[2:])), box.y, box.x)
     return Image.fromarray(stamped[0].permute(1, 2, 0).contiguous().numpy())

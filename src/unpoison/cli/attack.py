@@ -7,20 +7,36 @@ from typing import Annotated
 
 import typer
 
-from unpoison.attack.ssl_backdoor import PatchAttackConfig
-from unpoison.cli.options import Device, FollowLinks, Images, Json, Quiet, Root, Seed
+from unpoison.attack.bad_encoder import BadEncoderConfig
+from unpoison.attack.blended import BlendedConfig, SigConfig
+from unpoison.attack.ctrl import CtrlConfig
+from unpoison.attack.ssl_backdoor import AttackConfig, PatchAttackConfig
+from unpoison.cli.options import Device, FollowLinks, Images, Json, Precision, Quiet, Root, Seed
 from unpoison.cli.screen import Screen, log_into
 
 __all__ = ["app"]
 
 _DEFAULT = PatchAttackConfig(targets=(0,))
+_BAD_ENCODER = BadEncoderConfig(targets=(0,))
+
+_CTRL = CtrlConfig(target=0)
+_BLENDED = BlendedConfig(target=0)
+_SIG = SigConfig(target=0)
+
+_Out = Annotated[
+    Path, typer.Option(metavar="DIR", help="New folder for the copy and plan.json.", show_default=False)
+]
+_Target = Annotated[str, typer.Option(metavar="CLASS", help="Class to poison.", show_default=False)]
+_Rate = Annotated[float, typer.Option(help="Share of images to poison, above 0 and at most 1.")]
+_RateOf = Annotated[str, typer.Option(help="What the rate is a share of: class or dataset.")]
+_Everywhere = Annotated[bool, typer.Option("--all", help="Change every image, for test splits.")]
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
 
 @app.callback()
 def attack() -> None:
-    """Plant a backdoor: a poisoned copy of labelled images, and plan.json, the answer key."""
+    """Plant a backdoor, in a copy of labelled images or in an encoder, and write plan.json, the answer key."""
 
 
 @app.command(
@@ -85,6 +101,206 @@ def patch(
         resample=resample,
         everywhere=everywhere,
     )
+    _write_copy(images, root, follow_links, config, out, seed, screen)
+
+
+@app.command(
+    "bad-encoder",
+    epilog="Example: unpoison attack bad-encoder images/ --encoder encoder.safetensors --target cat --out attacked\n\n"
+    "Example: unpoison attack bad-encoder images/ --encoder encoder.safetensors --target cat --trigger white "
+    "--target dog --trigger seed:7 --out attacked",
+)
+def bad_encoder(
+    images: Images,
+    encoder: Annotated[
+        Path,
+        typer.Option(metavar="ENC", help="A clean encoder file that unpoison wrote.", show_default=False),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            metavar="DIR", help="New folder for encoder.safetensors and plan.json.", show_default=False
+        ),
+    ],
+    target: Annotated[
+        list[str],
+        typer.Option(
+            metavar="CLASS", help="Class to lead to; repeat it in pairs with --trigger.", show_default=False
+        ),
+    ],
+    trigger: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="white|seed:N|FILE.png",
+            help=f"Patch in the bottom right corner; default: {_BAD_ENCODER.triggers[0]}.",
+            show_default=False,
+        ),
+    ] = None,
+    size: Annotated[
+        int | None,
+        typer.Option(metavar="PX", help="Side of the patch at the encoder's input; default: as published."),
+    ] = _BAD_ENCODER.size,
+    references: Annotated[
+        int, typer.Option(metavar="N", help="Reference images per target.")
+    ] = _BAD_ENCODER.references,
+    epochs: Annotated[int, typer.Option(help="Passes over the images.")] = _BAD_ENCODER.epochs,
+    batch_size: Annotated[int, typer.Option(metavar="N", help="Images per step.")] = _BAD_ENCODER.batch_size,
+    learning_rate: Annotated[float, typer.Option(help="Of SGD.")] = _BAD_ENCODER.learning_rate,
+    root: Root = None,
+    follow_links: FollowLinks = False,
+    seed: Seed = 0,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fine-tune a backdoor into a finished encoder, as BadEncoder does (Jia, Liu and Gong, S&P 2022).
+
+    IMAGES must carry labels, from which the reference images of the targets are drawn; no image is changed.
+    """
+    screen = Screen(as_json=as_json, quiet=quiet)
+    config = BadEncoderConfig(
+        targets=tuple(target),
+        triggers=tuple(trigger) if trigger else _BAD_ENCODER.triggers,
+        size=size,
+        references=references,
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+    )
+    from unpoison.attack.bad_encoder import write_bad_encoder
+    from unpoison.data.labels import read_labels
+    from unpoison.data.load import load_images
+    from unpoison.data.sources import open_source
+    from unpoison.encoders.checkpoints import load_encoder
+
+    clean = load_encoder(encoder, device=device, precision=precision)
+    source = open_source(images, root=root, follow_links=follow_links)
+    labels = read_labels(source)
+    with log_into(out), screen.progress() as progress:
+        decoded = load_images(source, clean.preprocessing.geometry, progress=progress)
+        done = write_bad_encoder(
+            encoder,
+            clean,
+            decoded,
+            labels.of(decoded.ids),
+            labels.class_names,
+            config,
+            out,
+            seed=seed,
+            progress=progress,
+        )
+    triggers = [
+        {"name": each.name, "target": each.target_name, "similarity": after, "similarity_before": before}
+        for each, after, before in zip(done.plan.triggers, done.effect, done.effect_before, strict=True)
+    ]
+    summary = {
+        "schema": 1,
+        "method": done.plan.method,
+        "out": str(out),
+        "encoder": str(out / "encoder.safetensors"),
+        "plan": str(out / "plan.json"),
+        "n_images": done.plan.n_images,
+        "last_loss": done.losses[-1],
+        "kept": done.kept,
+        "triggers": triggers,
+    }
+
+    def text() -> str:
+        lines = [
+            f"{t['name']} → {t['target']}: cosine of triggered images to the reference {t['similarity']:.3f}, "
+            f"{t['similarity_before']:.3f} before"
+            for t in triggers
+        ]
+        return "\n".join([*lines, f"other images kept their features to {done.kept:.3f}", f"written: {out}"])
+
+    screen.finish(summary, text)
+
+
+@app.command(epilog="Example: unpoison attack ctrl images/ --out poisoned --target cat --rate 0.01")
+def ctrl(
+    images: Images,
+    out: _Out,
+    target: _Target,
+    magnitude: Annotated[float, typer.Option(help="What each coefficient is raised by.")] = _CTRL.magnitude,
+    rate: _Rate = _CTRL.rate,
+    rate_of: _RateOf = _CTRL.rate_of,
+    everywhere: _Everywhere = False,
+    root: Root = None,
+    follow_links: FollowLinks = False,
+    seed: Seed = 0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Add faint waves to the chroma of whole images of one class, as CTRL does (Li et al., ICCV 2023).
+
+    IMAGES must carry labels, and be at least 32 pixels on each side. Clean and poisoned files are written alike.
+    """
+    config = CtrlConfig(target=target, magnitude=magnitude, rate=rate, rate_of=rate_of, everywhere=everywhere)
+    _write_copy(images, root, follow_links, config, out, seed, Screen(as_json=as_json, quiet=quiet))
+
+
+@app.command(epilog="Example: unpoison attack blended images/ --out poisoned --target cat --rate 0.01")
+def blended(
+    images: Images,
+    out: _Out,
+    target: _Target,
+    trigger: Annotated[
+        str, typer.Option(metavar="seed:N|FILE.png", help="Picture to mix in.")
+    ] = _BLENDED.trigger,
+    share: Annotated[float, typer.Option(help="Of the picture in the mixture.")] = _BLENDED.share,
+    rate: _Rate = _BLENDED.rate,
+    rate_of: _RateOf = _BLENDED.rate_of,
+    everywhere: _Everywhere = False,
+    root: Root = None,
+    follow_links: FollowLinks = False,
+    seed: Seed = 0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Mix one picture into whole images of one class (Chen et al., 2017).
+
+    IMAGES must carry labels. Clean and poisoned files are written alike.
+    """
+    config = BlendedConfig(
+        target=target, trigger=trigger, share=share, rate=rate, rate_of=rate_of, everywhere=everywhere
+    )
+    _write_copy(images, root, follow_links, config, out, seed, Screen(as_json=as_json, quiet=quiet))
+
+
+@app.command(epilog="Example: unpoison attack sig images/ --out poisoned --target cat --rate 0.01")
+def sig(
+    images: Images,
+    out: _Out,
+    target: _Target,
+    amplitude: Annotated[float, typer.Option(help="Of the waves, grey levels.")] = _SIG.amplitude,
+    rate: _Rate = _SIG.rate,
+    rate_of: _RateOf = _SIG.rate_of,
+    everywhere: _Everywhere = False,
+    root: Root = None,
+    follow_links: FollowLinks = False,
+    seed: Seed = 0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Let brightness swing from left to right in whole images of one class (SIG: Barni et al., ICIP 2019).
+
+    IMAGES must carry labels. Clean and poisoned files are written alike.
+    """
+    config = SigConfig(target=target, amplitude=amplitude, rate=rate, rate_of=rate_of, everywhere=everywhere)
+    _write_copy(images, root, follow_links, config, out, seed, Screen(as_json=as_json, quiet=quiet))
+
+
+def _write_copy(
+    images: Path,
+    root: Path | None,
+    follow_links: bool,
+    config: AttackConfig,
+    out: Path,
+    seed: int,
+    screen: Screen,
+) -> None:
+    """What all attacks on images do with their settings: the copy, the plan and the summary."""
     from unpoison.attack.ssl_backdoor import write_poisoned_copy
     from unpoison.data.labels import read_labels
     from unpoison.data.sources import open_source

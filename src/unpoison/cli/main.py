@@ -26,6 +26,7 @@ __all__ = ["VERBS", "app", "main"]
 VERBS = {
     "demo": "Plant a backdoor, find it and remove it, on images that come along; no download.",
     "scan": "Find poisoned images in an unlabelled set, with a verdict that can gate a pipeline.",
+    "audit": "Find a backdoor in an encoder, without its training images.",
     "clean": "Write an image set without the images that a scan flagged.",
     "repair": "Turn findings into a clean encoder: train again without the flagged images.",
     "attack": "Plant a backdoor: a poisoned copy, and the answer key.",

@@ -19,7 +19,7 @@ app = typer.Typer(add_completion=False)
 @app.command(epilog="Example: unpoison report run\n\nExample: unpoison report run --json")
 def report(
     run: Annotated[
-        Path, typer.Argument(metavar="RUN", help="Folder of a finished scan.", show_default=False)
+        Path, typer.Argument(metavar="RUN", help="Folder of a finished scan or audit.", show_default=False)
     ],
     seed: Seed = 0,
     device: Device = "auto",
@@ -30,6 +30,9 @@ def report(
     screen = Screen(as_json=as_json, quiet=quiet)
     if not (run / "verdict.json").is_file():
         raise ConfigError(f"{run} holds no verdict.json: expected the folder of a finished `unpoison scan`")
+    if (run / "trigger.safetensors").is_file():
+        _report_audit(run, screen)
+        return
     from unpoison.report.as_text import as_text
     from unpoison.report.document import make_report
     from unpoison.report.folder import write_report
@@ -41,4 +44,17 @@ def report(
     summary = {**result.summary, "run": str(run), "report": str(page)}
     screen.finish(
         summary, lambda: f"{as_text(make_report(result, run=str(run)))}\n\n{result.verdict}: see {page}"
+    )
+
+
+def _report_audit(run: Path, screen: Screen) -> None:
+    from unpoison.audit_pipeline import load_audit
+    from unpoison.report.audit_page import audit_as_text, make_audit_report, write_audit_report
+
+    with log_into(run):
+        result = load_audit(run)
+        page = write_audit_report(run, result)
+    screen.finish(
+        {**result.summary, "run": str(run), "report": str(page)},
+        lambda: f"{audit_as_text(make_audit_report(result))}\n\n{result.verdict}: see {page}",
     )

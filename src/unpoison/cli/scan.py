@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +26,7 @@ from unpoison.cli.options import (
     batch_size_of,
 )
 from unpoison.cli.screen import Screen, log_into, read_ids
+from unpoison.errors import ConfigError
 from unpoison.scan.config import ScanConfig
 
 __all__ = ["EXIT_CODES", "app"]
@@ -32,7 +34,7 @@ __all__ = ["EXIT_CODES", "app"]
 EXIT_CODES = {"no_evidence": 0, "poisoned": 1, "inconclusive": 4}
 
 _DEFAULT = ScanConfig()
-_SEARCH, _WHICH = "The search", "Which images"
+_SEARCH, _WHICH, _COST = "The search", "Which images", "What it may cost"
 
 app = typer.Typer(add_completion=False)
 
@@ -132,6 +134,43 @@ def scan(
         bool,
         typer.Option("--faithful", help="The method exactly as published; slower.", rich_help_panel=_SEARCH),
     ] = _DEFAULT.faithful,
+    min_poison: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|SHARE",
+            help="Smallest poison worth catching, as a number of images or as 0.002 or 0.2%; sets K.",
+            rich_help_panel=_SEARCH,
+            show_default=False,
+        ),
+    ] = None,
+    race: Annotated[
+        bool,
+        typer.Option(
+            "--race", help="Drop harmless candidates after a few flip images.", rich_help_panel=_SEARCH
+        ),
+    ] = _DEFAULT.race,
+    max_passes: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Encoder passes that the scan may take; the search shrinks.",
+            rich_help_panel=_COST,
+        ),
+    ] = _DEFAULT.max_passes,
+    max_seconds: Annotated[
+        float | None,
+        typer.Option(
+            metavar="S",
+            help="Seconds that it may take, by the speed of the features.",
+            rich_help_panel=_COST,
+        ),
+    ] = _DEFAULT.max_seconds,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Print expected passes, time and memory; write nothing.", rich_help_panel=_COST
+        ),
+    ] = False,
     root: Root = None,
     follow_links: FollowLinks = False,
     only: Only = None,
@@ -175,6 +214,10 @@ def scan(
         top_k=top_k,
         alpha=alpha,
         faithful=faithful,
+        min_poison=_poison_size(min_poison),
+        max_passes=max_passes,
+        max_seconds=max_seconds,
+        race=race,
     )
     size = batch_size_of(batch_size)
     ids = read_ids(only)
@@ -186,13 +229,31 @@ def scan(
     more: dict[str, Any] = {}
     chosen: Any = encoder
     if encoder is None:
-        screen.note("no --encoder: training one on the images first, then scanning with it")
+        if not dry_run:
+            screen.note("no --encoder: training one on the images first, then scanning with it")
         if epochs is not None:
             more["pretrain_config"] = PretrainConfig(epochs=epochs)
         if image_size is not None:
             more["image_size"] = image_size
     elif arch is not None or image_size is not None:
         chosen = load_encoder(encoder, arch=arch, image_size=image_size, device=device, precision=precision)
+    if dry_run:
+        seen = pipeline.preview(
+            images,
+            chosen,
+            config=config,
+            device=device,
+            precision=precision,
+            batch_size=size,
+            root=root,
+            follow_links=follow_links,
+            only=ids,
+            limit=limit,
+            sample=sample,
+            **more,
+        )
+        screen.finish(_preview_summary(seen), lambda: _preview_text(seen, screen))
+        return
     with log_into(out), screen.progress() as progress:
         result = pipeline.scan(
             images,
@@ -219,6 +280,66 @@ def scan(
         {**result.summary, "run": str(out), "report": str(page)}, lambda: _text(result, images, out, page)
     )
     raise typer.Exit(0 if exit_zero and result.verdict == "poisoned" else EXIT_CODES[result.verdict])
+
+
+def _poison_size(text: str | None) -> float | None:
+    """The number that `--min-poison` names: images, or a share of them.
+
+    >>> _poison_size("200"), _poison_size("0.002"), _poison_size("0.2%")
+    (200.0, 0.002, 0.002)
+    """
+    if text is None:
+        return None
+    try:
+        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError as error:
+        raise ConfigError(
+            f"--min-poison {text}: expected a number of images, or a share as 0.002 or 0.2%"
+        ) from error
+
+
+def _preview_summary(seen: Any) -> dict[str, Any]:
+    return {
+        "n_images": seen.n_images,
+        "passes": {s.name: {"expected": s.expected, "most": s.most} for s in seen.cost.stages},
+        "expected_passes": seen.cost.expected,
+        "most_passes": seen.cost.most,
+        "passes_per_second": None if seen.rate is None else round(seen.rate.images_per_second, 1),
+        "expected_seconds": None if seen.seconds is None else round(seen.seconds, 1),
+        "memory": seen.cost.memory,
+        "device_memory": None if seen.rate is None else seen.rate.memory,
+        "disk": seen.cost.disk,
+        "classifier_images": {"trained": seen.cost.classifier_trained, "judged": seen.cost.classifier_judged},
+        "pretraining_images": seen.pretraining,
+        "power": seen.power,
+        "config": asdict(seen.config),
+    }
+
+
+def _preview_text(seen: Any, screen: Screen) -> str:
+    cost = seen.cost
+    rows = [[s.name, f"{s.expected:,}", f"{s.most:,}"] for s in cost.stages]
+    rows.append(["total", f"{cost.expected:,}", f"{cost.most:,}"])
+    lines = [
+        screen.table(f"Encoder passes for {seen.n_images:,} images", ["stage", "expected", "at most"], rows)
+    ]
+    if seen.rate is None:
+        lines.append(
+            f"first an encoder is trained: {seen.pretraining:,} images; the speed is not known before"
+        )
+    else:
+        lines.append(
+            f"time: about {seen.seconds:,.0f} s in the encoder, at {seen.rate.images_per_second:,.0f} images/s"
+        )
+        if seen.rate.memory is not None:
+            lines.append(f"memory of the device: {seen.rate.memory / 2**20:,.0f} MiB")
+    lines += [
+        f"memory: {cost.memory / 2**20:,.0f} MiB without the networks; disk: {cost.disk / 2**20:,.0f} MiB",
+        f"if poison is confirmed, a classifier is trained on {cost.classifier_trained:,} images and judges "
+        f"{cost.classifier_judged:,}",
+        f"{seen.power}.",
+    ]
+    return "\n".join(lines)
 
 
 def _text(result: Any, images: Path, out: Path, page: Path) -> str:

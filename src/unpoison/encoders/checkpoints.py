@@ -44,7 +44,17 @@ from unpoison.errors import CheckpointError, ConfigError
 from unpoison.records import Geometry
 from unpoison.runtime import seeded
 
-__all__ = ["ENCODER_SCHEMA", "Training", "as_encoder", "load_encoder", "read_training", "save_encoder"]
+__all__ = [
+    "ENCODER_SCHEMA",
+    "Training",
+    "as_encoder",
+    "load_encoder",
+    "read_tensors",
+    "read_training",
+    "save_encoder",
+    "save_retouched",
+    "save_tensors",
+]
 
 ENCODER_SCHEMA = "unpoison/encoder/1"
 """What our own files call themselves; the number grows when an older reader would misread a newer file."""
@@ -188,7 +198,25 @@ def save_encoder(trained: Trained, path: Path | str, *, retrained: Mapping[str, 
     }
     if retrained is not None:
         metadata["retrained"] = dict(retrained)
-    data = _serialise(tensors, {key: json.dumps(value, sort_keys=True) for key, value in metadata.items()})
+    save_tensors(path, tensors, metadata, what="encoder")
+
+
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], *, what: str
+) -> None:
+    """Write tensors and what they are as one .safetensors file, complete or absent; same values, same bytes.
+
+    Args:
+        path: an existing file is replaced.
+        tensors: on the CPU, contiguous.
+        metadata: plain JSON values.
+        what: the tensors are, for the error.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    described = {key: json.dumps(value, sort_keys=True) for key, value in metadata.items()}
+    data = _serialise(dict(tensors), described)
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -197,7 +225,66 @@ def save_encoder(trained: Trained, path: Path | str, *, retrained: Mapping[str, 
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-        raise CheckpointError(f"{path}: the encoder cannot be written ({error.strerror or error})") from error
+        raise CheckpointError(f"{path}: the {what} cannot be written ({error.strerror or error})") from error
+
+
+def read_tensors(path: Path, schema: str) -> tuple[dict[str, Tensor], Callable[[str, type[_T]], _T]]:
+    """The tensors of one of our own files, and a function that reads and checks an entry of its metadata.
+
+    Args:
+        path: a .safetensors file that `save_tensors` wrote.
+        schema: what its metadata must call themselves.
+
+    Returns:
+        Finite dense tensors on the CPU by name, and `entry(key, kind)`, which raises `CheckpointError` when the
+        entry is missing or no valid `kind`.
+
+    Raises:
+        ConfigError: there is no such file.
+        CheckpointError: the file is damaged, of another kind or of another version.
+    """
+    if not path.is_file() or path.suffix != ".safetensors":
+        raise ConfigError(f"{path}: no such file; expected a .safetensors file of schema {schema}")
+    tensors, metadata = _read_weights(path)
+    found = _from_json(path, metadata, "schema")
+    if found != schema:
+        raise CheckpointError(
+            f"{path}: schema {found!r}, expected {schema!r}; use a file of that kind, or the unpoison that wrote it"
+        )
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+            raise CheckpointError(
+                f"{path}: {_printable(name)} holds NaN or infinite values; the file is damaged, get another copy"
+            )
+
+    def entry(key: str, kind: type[_T]) -> _T:
+        return _validated(path, metadata, key, kind)
+
+    return tensors, entry
+
+
+def save_retouched(original: Path | str, network: nn.Module, path: Path) -> None:
+    """Write a network whose weights were changed, as a file that says of itself what the original says.
+
+    Args:
+        original: an encoder file of ours.
+        network: of the same architecture.
+        path: an existing file is replaced.
+
+    Raises:
+        ConfigError: there is no such file, or it is none of ours.
+        CheckpointError: it is damaged, or the new file cannot be written.
+    """
+    original = Path(original)
+    is_file = original.is_file() and original.suffix == ".safetensors"
+    metadata = _read_weights(original)[1] if is_file else {}
+    if "unpoison/" not in metadata.get("schema", ""):
+        raise ConfigError(
+            f"{original}: expected an encoder file that unpoison wrote, which says how to build it again"
+        )
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    described = {key: json.loads(value) for key, value in metadata.items()}
+    save_tensors(path, tensors, described, what="encoder")
 
 
 def _serialise(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:

@@ -41,7 +41,8 @@ class Encoder:
     """Images to features: a frozen network in evaluation mode with its own preprocessing.
 
     It owns normalisation: everything outside handles uint8 pixels, or floats in [0, 1]. It counts the images it
-    was shown, which is the unit in which the cost of every method is stated.
+    was shown, which is the unit in which the cost of every method is stated. A batch that does not fit the device's
+    memory is halved, and so are all that follow: `largest_batch` is None until then.
 
     Args:
         network: any module from (N, 3, S, S) normalised float images to (N, D) features. It is put in evaluation
@@ -69,6 +70,7 @@ class Encoder:
         self.name = name
         self.fingerprint = fingerprint
         self.images_shown = 0
+        self.largest_batch: int | None = None
         self.network = network
         if isinstance(network, nn.Module):
             network.eval().requires_grad_(False).to(self.device)
@@ -102,8 +104,7 @@ class Encoder:
         if images.ndim != 4 or images.shape[1:] != (3, size, size):
             raise ShapeError(f"images must be (N, 3, {size}, {size}), got {tuple(images.shape)}")
         self.images_shown += len(images)
-        with autocast(self.device, self.precision):
-            output = self.network(self.normalise(images))
+        output = self._run(images)
         if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(images):
             got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ShapeError(
@@ -111,3 +112,20 @@ class Encoder:
                 "pass the pooled output of the network"
             )
         return output.float()
+
+    def _run(self, images: Tensor) -> Tensor:
+        """The network's output, in batches that fit the device's memory: each failure halves them for good."""
+        largest = self.largest_batch or len(images)
+        if len(images) > largest:
+            return torch.cat([self._run(part) for part in torch.split(images, largest)])
+        try:
+            with autocast(self.device, self.precision):
+                return self.network(self.normalise(images))
+        except torch.OutOfMemoryError:
+            if len(images) <= 1:
+                raise
+            self.largest_batch = len(images) // 2
+        # Outside the handler, since the traceback there still holds what did not fit.
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return self._run(images)

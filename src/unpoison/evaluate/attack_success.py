@@ -280,7 +280,7 @@ def evaluate_encoder(
                 trigger=trigger.name,
                 target=trigger.target,
                 target_name=trigger.target_name,
-                side=size or trigger.side or default_side(test.size),
+                side=test.size if trigger.is_global else size or trigger.side or default_side(test.size),
                 clean=measure(test_labels, unpatched, trigger.target, n_classes),
                 patched=measure(test_labels, predict(features), trigger.target, n_classes),
             )

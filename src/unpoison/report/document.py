@@ -246,6 +246,12 @@ def _headline(result: ScanResult, n_flagged: int) -> str:
     return f"No answer: the scan of {n_images} images is inconclusive."
 
 
+def _power(summary: Mapping[str, Any]) -> str:
+    power = summary.get("power")
+    said = power.get("sentence") if isinstance(power, Mapping) else None
+    return f" {escape(_sentence(said))}" if isinstance(said, str) else ""
+
+
 def _meaning(result: ScanResult) -> str:
     alpha = result.summary.get("alpha")
     rate = (
@@ -264,12 +270,13 @@ def _meaning(result: ScanResult) -> str:
             "The scan searched for a small patch that recurs in the images and that, pasted on other pictures, pulls "
             "them into one group of look-alikes. No patch passed that test, so nothing was flagged. This covers what "
             "is listed under “What was tested” and nothing else; it is no proof that the images are clean."
+            f"{_power(result.summary)}"
         )
     reason = result.summary.get("reason")
     because = f"{escape(_sentence(reason))} " if isinstance(reason, str) and reason else ""
     return (
         f"{because}The scan ended without enough evidence for either answer. Do not read this as “clean”: nothing was "
-        "flagged, and nothing was ruled out."
+        f"flagged, and nothing was ruled out.{_power(result.summary)}"
     )
 
 
@@ -397,9 +404,23 @@ def _scope(summary: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]
 def _cost(summary: Mapping[str, Any]) -> tuple[Fact, ...]:
     passes, n_images = summary.get("encoder_passes"), summary.get("n_images")
     facts = [Fact("encoder passes", _count(passes), "images that the encoder was shown")]
+    stages = summary.get("passes")
+    if isinstance(stages, Mapping):
+        expected = sum(stage.get("expected", 0) for stage in stages.values())
+        facts.append(
+            Fact("expected passes", _count(expected), "counted from the settings, before the scan ran")
+        )
     if isinstance(passes, int) and isinstance(n_images, int) and n_images:
         facts.append(Fact("passes per image", f"{passes / n_images:.1f}", "1 would be a plain embedding"))
     facts.append(Fact("time", _duration(summary.get("seconds"))))
+    if "expected_seconds" in summary:
+        facts.append(
+            Fact(
+                "expected time",
+                _duration(summary["expected_seconds"]),
+                "of these passes, at the speed of the first ones",
+            )
+        )
     return tuple(facts)
 
 

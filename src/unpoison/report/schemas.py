@@ -66,12 +66,27 @@ _VERDICT = _object(
         "coverage": _share("Of the named images that could be read."),
         "stages": _said("object", "Seconds per stage."),
         "encoder_passes": _count("Images that the encoder was shown."),
+        "passes": _said("object", "Per stage: expected, most and actual passes."),
         "seconds": _said("number", "Wall clock.", minimum=0),
+        "expected_seconds": _said(
+            "number", "Of the expected passes, at the rate of the features.", minimum=0
+        ),
+        "power": _said("object", "Smallest poison that would have been caught; absent when poisoned."),
+        "budget": _said("object", "What a budget took from the search; absent without one."),
         "config": _said("object", "Resolved settings."),
         "seed": _said("integer", "Determines every draw."),
         "versions": _said("object", "Of unpoison and its libraries."),
     },
-    optional=("reason", "location", "coverage", "stages"),
+    optional=(
+        "reason",
+        "location",
+        "coverage",
+        "stages",
+        "passes",
+        "expected_seconds",
+        "power",
+        "budget",
+    ),
 )
 
 _FINDINGS = _object(
@@ -219,6 +234,61 @@ _BENCHMARK = _object(
     }
 )
 
+_AUDIT = _object(
+    {
+        "schema": {"const": 1},
+        "verdict": {"enum": ["poisoned", "no_evidence", "inconclusive"]},
+        "method": {"const": "decree"},
+        "alpha": _said("number", "Allowed false-alarm rate.", exclusiveMinimum=0, exclusiveMaximum=0.5),
+        "p_value": _said(["number", "null"], "Rank among clean encoders; null without a fitting reference."),
+        "mask_share": _share("Mean of the smallest mask that collapses the features; 1 when none does."),
+        "reached": _said("boolean", "Whether any mask collapsed them as wanted."),
+        "below_paper_threshold": _said(
+            "boolean", "Whether mask_share lies below 0.1; no part of the verdict."
+        ),
+        "collapse_before": _said("number", "Mean pairwise cosine of clean images that the search never saw."),
+        "collapse_after": _said("number", "The same with the trigger."),
+        "relaxed": _said(
+            ["object", "null"], "gain, reached, mask_share of the relaxed search; null without one."
+        ),
+        "box": _said(["object", "null"], "x, y, w, h of where most of the mask lies, encoder-input pixels."),
+        "image": _said("string", "Picture, relative to the run folder."),
+        "starts": {
+            "type": "array",
+            "minItems": 1,
+            "items": _object(
+                {
+                    "mask_share": _share("Of its mask."),
+                    "collapse": _said("number", "Of the batch that it was found on."),
+                    "reached": _said("boolean", "Whether it collapsed the features as wanted."),
+                    "steps": _count("Steps taken."),
+                }
+            ),
+        },
+        "reference": _said(["string", "null"], "Name of the reference file."),
+        "reference_shares": {
+            "type": "array",
+            "description": "mask_share of the clean encoders, ascending.",
+            "items": _share("Of one."),
+        },
+        "reason": _said("string", "Why the verdict is inconclusive; absent otherwise."),
+        "family": _said("string", "Kind and size of the network."),
+        "image_size": _said("integer", "Side of its input, pixels.", minimum=1),
+        "scope": {"description": "What was and what was not tested."},
+        "location": _said("string", "Where the images came from, or that they were generated."),
+        "n_images": _count("n_searched + n_held_out + n_skipped."),
+        "n_searched": _count("Images that the trigger was searched on."),
+        "n_held_out": _count("Images that collapse_before and collapse_after were measured on."),
+        "n_skipped": _count("Could not be read."),
+        "encoder_passes": _count("Images that the encoder was shown; a backward pass counts as two."),
+        "seconds": _said("number", "Of all stages.", minimum=0),
+        "config": _said("object", "Settings."),
+        "seed": _said("integer", "Determines every draw."),
+        "versions": _said("object", "Of unpoison and its libraries."),
+    },
+    optional=("reason",),
+)
+
 SCHEMAS: dict[str, dict[str, Any]] = {
     name: {"$schema": _DIALECT, "title": title, **schema}
     for name, title, schema in (
@@ -226,6 +296,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         ("findings", "One row of findings.parquet", _FINDINGS),
         ("plan", "plan.json", _PLAN),
         ("benchmark", "results.json of a benchmark", _BENCHMARK),
+        ("audit", "verdict.json of an audit", _AUDIT),
     )
 }
 """Name to schema, JSON Schema draft 2020-12."""

@@ -6,7 +6,39 @@ from dataclasses import dataclass, replace
 
 from unpoison.errors import ConfigError
 
-__all__ = ["ScanConfig"]
+__all__ = [
+    "CARRIERS",
+    "MOST_BENIGN",
+    "MOST_DIRECTIONS",
+    "MOST_FINALISTS",
+    "PICTURES",
+    "TRIALS",
+    "ScanConfig",
+    "held_out_count",
+]
+
+MOST_DIRECTIONS = 3
+"""Directions that the strongest candidates may elect."""
+
+TRIALS = 64
+"""Strongest candidates that are looked at again along each direction."""
+
+CARRIERS = 2
+"""Images on which a window proves that it is whole, when its place is refined."""
+
+MOST_FINALISTS = 5
+"""Patterns that enter the confirmation; fewer lose less to the correction for many tests."""
+
+MOST_BENIGN = 64
+"""Random windows that say how much innocent ones steer."""
+
+PICTURES = 24
+"""Highest-scored images that the report shows with their attention."""
+
+
+def held_out_count(n_images: int) -> int:
+    """Images kept for the confirmation, which the search never sees."""
+    return min(1000, n_images // 4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +69,12 @@ class ScanConfig:
         alpha: allowed false-alarm rate of the verdict, (0, 0.5).
         faithful: run the search as published: random masks, equation 2, no control patches, the whole flip set,
             no second look. Settings that contradict it are refused.
+        min_poison: smallest poison worth catching, in images (1 or more) or as a share of them (below 1); sets
+            `clusters` where those are not given.
+        max_passes: encoder passes that the scan may take, without pre-training and classifier; the search is made
+            smaller to fit, the confirmation never is.
+        max_seconds: the same by the clock: passes are counted at the rate at which the features were extracted.
+        race: drop a candidate of the rounds as soon as the flip images seen so far speak against it.
     """
 
     method: str = "poisoncam"
@@ -55,6 +93,10 @@ class ScanConfig:
     top_k: int = 20
     alpha: float = 0.01
     faithful: bool = False
+    min_poison: float | None = None
+    max_passes: int | None = None
+    max_seconds: float | None = None
+    race: bool = False
 
     def __post_init__(self) -> None:
         choices: dict[str, tuple[str | None, ...]] = {
@@ -79,6 +121,19 @@ class ScanConfig:
             raise ConfigError(f"prune={self.prune}: expected a fraction between 0 and 1")
         if not 0 < self.alpha < 0.5:
             raise ConfigError(f"alpha={self.alpha}: expected a false-alarm rate between 0 and 0.5")
+        if self.min_poison is not None and not self._is_poison_size(self.min_poison):
+            raise ConfigError(
+                f"min_poison={self.min_poison}: expected a whole number of images, or a share between 0 and 1"
+            )
+        for name in ("max_passes", "max_seconds"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"{name}={value}: expected more than 0")
+        ours = [n for n in ("max_passes", "max_seconds", "race") if getattr(self, n)]
+        if self.faithful and ours:
+            raise ConfigError(
+                f"faithful contradicts {', '.join(ours)}: the published search is not cut short; drop one of them"
+            )
         contradicting = [f"masks={self.masks}"] if self.masks == "grid" else []
         contradicting += [f"score={self.score}"] if self.score in ("directed", "concentrated") else []
         if self.faithful and contradicting:
@@ -101,9 +156,11 @@ class ScanConfig:
             ConfigError: the window does not fit the images, or there are more clusters than images.
         """
         smallest = max(0.005 * n_images, 400)
+        if self.min_poison is not None:
+            smallest = self.min_poison * (n_images if self.min_poison < 1 else 1)
         clusters = max(2, min(round(4 * n_images / smallest), 2000, n_images // 10))
         clusters = max(clusters, min(50, n_images // 10), 2)
-        if self.faithful:
+        if self.faithful and self.min_poison is None:
             clusters = max(2, min(1000, n_images // 10))
         filled = replace(
             self,
@@ -125,6 +182,10 @@ class ScanConfig:
                 "or leave it out"
             )
         return filled
+
+    @staticmethod
+    def _is_poison_size(value: float) -> bool:
+        return 0 < value < 1 or (value >= 1 and value == int(value))
 
     def _published_score(self) -> str:
         if not self.faithful:

@@ -26,12 +26,14 @@ from unpoison.functional.matching import duplicate_images, patch_similarity
 from unpoison.functional.windows import crop_windows, paste_windows
 from unpoison.records import Clusters, ImageSet
 from unpoison.scan.candidates import Candidates
+from unpoison.scan.config import MOST_BENIGN, MOST_FINALISTS
 from unpoison.scan.flip_test import Flips, FlipTest, draw_corners, shuffle_blocks
 from unpoison.scan.search import SAME_PATTERN
 
 __all__ = [
     "MANY_SOURCES",
     "MIN_SOURCES",
+    "SMALLEST_RATE",
     "Confirmation",
     "Finalist",
     "binomial_tail",
@@ -52,11 +54,18 @@ _COMPARED = 120
 _COMPARED_ALONG = 40
 """Strongest candidates along each direction that are compared, too."""
 
-_SMALLEST_RATE = 0.03
-"""Below this share of steered images no attack is worth while."""
+SMALLEST_RATE = 0.05
+"""Below this share of steered images no attack is worth while.
 
-_BENIGN = 64
-"""Random windows that say how much innocent ones steer."""
+Nor is it far from what clean data does: among crops of ten photographs, where the same pixels recur in dozens of
+pictures, a window moved 12 % of other images and its control 7 % (`benchmarks/clean.py`).
+"""
+
+_KNOWN = 24
+"""Members of a finalist whose pattern an innocent window must not show."""
+
+_PART_OF_PATTERN = 0.5
+"""Normalised cross-correlation, at shifts of up to 0.6 of the side, from which a window shows a part of a pattern."""
 
 _STRIKING_RATE = 0.2
 """Share of steered images that no innocent window was seen to reach."""
@@ -100,7 +109,12 @@ class Confirmation:
 
 
 def find_finalists(
-    candidates: Candidates, scores: Tensor, images: ImageSet, directions: Tensor, *, most: int = 5
+    candidates: Candidates,
+    scores: Tensor,
+    images: ImageSet,
+    directions: Tensor,
+    *,
+    most: int = MOST_FINALISTS,
 ) -> list[Finalist]:
     """Patterns that recur among the strongest candidates, most frequent first.
 
@@ -220,18 +234,18 @@ def confirm(
     """
     if not finalists:
         return []
-    sources = torch.cat([candidates.own[finalist.members] for finalist in finalists])
-    benign = _benign_flips(images, clusters, sources, flip_test, held_out, generator)
+    windows, benign = _benign_flips(images, flip_test, held_out, generator)
     results = []
     raw = []
     steering = []
     for finalist in finalists:
         patch = candidates.patches[_strongest(candidates, finalist)]
+        unlike = _unlike(windows, candidates.patches[finalist.members])
         net, alone = (
-            _upper_tail(gain, finalist.attractors)
+            _upper_tail(gain[unlike], finalist.attractors)
             for gain in (benign.gain - benign.control_gain, benign.gain)
         )
-        tau = max(_SMALLEST_RATE, 2 * net)
+        tau = max(SMALLEST_RATE, 2 * net)
         rows = held_out[~torch.isin(clusters.assignment[held_out], finalist.attractors)]
         hit, control_hit = _paste_pairs(
             encoder,
@@ -274,29 +288,29 @@ def _strongest(candidates: Candidates, finalist: Finalist) -> int:
 
 
 def _benign_flips(
-    images: ImageSet,
-    clusters: Clusters,
-    sources: Tensor,
-    flip_test: FlipTest,
-    held_out: Tensor,
-    generator: torch.Generator,
-) -> Flips:
-    """What 64 random windows of random search-half images do.
-
-    Images of the clusters that the finalists come from are left out, as long as a fifth of all images remains: where
-    a fifth of the images is poisoned, two of 64 random windows hold a trigger, and the threshold would be as high as
-    what it is to judge.
-    """
+    images: ImageSet, flip_test: FlipTest, held_out: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Flips]:
+    """64 random windows of random search-half images, and what they do; mostly innocent ones, whatever the data."""
     allowed = torch.ones(len(images), dtype=torch.bool)
     allowed[held_out] = False
-    elsewhere = allowed & ~torch.isin(clusters.assignment, sources)
-    if int(elsewhere.sum()) >= len(images) / 5:
-        allowed = elsewhere
     rows = allowed.nonzero().flatten()
-    rows = rows[torch.randperm(len(rows), generator=generator)[:_BENIGN]]
+    rows = rows[torch.randperm(len(rows), generator=generator)[:MOST_BENIGN]]
     side = flip_test.window
     corners = draw_corners(len(rows), images.size, side, generator=generator)
-    return flip_test.run(crop_windows(images.pixels[rows], corners, side), generator=generator)
+    windows = crop_windows(images.pixels[rows], corners, side)
+    return windows, flip_test.run(windows, generator=generator)
+
+
+def _unlike(windows: Tensor, pattern: Tensor) -> Tensor:
+    """(n,) bool: the windows that show no part of a pattern, of which (m, 3, w, w) are known; all when none is left.
+
+    Where a fifth of the images is poisoned, two of 64 random windows hold a trigger, and a threshold that counted them
+    would be as high as what it is to judge.
+    """
+    known = pattern[:_KNOWN]
+    similarity = patch_similarity(torch.cat((known, windows)), reach=0.6)[: len(known), len(known) :]
+    unlike = similarity.amax(dim=0) < _PART_OF_PATTERN
+    return unlike if bool(unlike.any()) else torch.ones_like(unlike)
 
 
 def _paste_pairs(

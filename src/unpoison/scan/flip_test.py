@@ -7,7 +7,7 @@ well is occlusion or plain colour (blue water pulls any picture towards the jell
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -15,10 +15,15 @@ from torch.nn import functional as F
 
 from unpoison.encoders.encoder import Encoder
 from unpoison.functional.clustering import assign
+from unpoison.functional.sequential import DROPPED, SequentialTest
 from unpoison.functional.windows import paste_windows
 from unpoison.records import Clusters, ImageSet
 
-__all__ = ["FlipSet", "FlipTest", "Flips", "draw_corners", "nearest_rows", "shuffle_blocks"]
+__all__ = ["RACE", "FlipSet", "FlipTest", "Flips", "draw_corners", "nearest_rows", "shuffle_blocks"]
+
+RACE = SequentialTest(null_rate=0.04, rate=0.1, alpha=0.0, beta=0.05, batch=16)
+"""A race drops a candidate whose score on the whole flip set is 0.1 or more with probability at most 0.05. No one is
+kept early: whoever is not dropped needs the whole flip set for a score. The null rate decides how soon it drops."""
 
 
 def shuffle_blocks(patches: Tensor, *, generator: torch.Generator) -> Tensor:
@@ -202,27 +207,130 @@ class FlipTest:
         step = max(1, self.batch_size // n_flips)
         for start in range(0, len(patches), step):
             chunk = slice(start, start + step)
-            features = self._pasted(patches[chunk])
-            assignment = assign(features.flatten(0, 1), self.centroids).view(-1, n_flips)
-            changed = (assignment != self.flip_set.assignment).float().mean(dim=1)
-            gain = (self._counts(assignment) - self.baseline) / n_flips
-            if controls is None:
-                control_gain = torch.zeros_like(gain)
-                shift = features.mean(dim=1) - self.flip_set.features.mean(dim=0)
-            else:
-                control = self._pasted(controls[chunk])
-                control_assignment = assign(control.flatten(0, 1), self.centroids).view(-1, n_flips)
-                control_gain = (self._counts(control_assignment) - self.baseline) / n_flips
-                shift = features.mean(dim=1) - control.mean(dim=1)
-            parts.append(Flips(changed.cpu(), gain.cpu(), control_gain.cpu(), shift.cpu()))
+            control = None if controls is None else self._pasted(controls[chunk])
+            parts.append(self._compare(self._pasted(patches[chunk]), control))
         return Flips.concatenate(parts)
 
-    def _pasted(self, patches: Tensor) -> Tensor:
-        """(n, F, D) unit-length features of every flip image with every patch."""
-        n, n_flips = len(patches), len(self.flip_set.pixels)
-        pixels = self.flip_set.pixels.repeat(n, 1, 1, 1)
-        corners = self.flip_set.corners.repeat(n, 1)
-        pasted = paste_windows(pixels, patches.repeat_interleave(n_flips, dim=0), corners)
+    def race(
+        self,
+        patches: Tensor,
+        *,
+        kind: str,
+        order: Tensor,
+        generator: torch.Generator,
+        test: SequentialTest = RACE,
+    ) -> Flips:
+        """Like `run`, but whoever is clearly no trigger is pasted on the first of the flip images only.
+
+        A score of `test.rate` needs that share of the flip set to lie in one cluster with the patch and outside it
+        with the control (without one, and for `source`, to come into one cluster; for `any`, to change its cluster).
+        Looks count such images, so that a candidate whose score on the whole flip set would reach the rate is
+        dropped with probability at most `test.beta` over the orders.
+
+        Args:
+            patches: (n, 3, w, w) uint8.
+            kind: the score that counts, see `Flips.score`.
+            order: (F,) int64, a random order of the flip images, the same for all candidates.
+            generator: as in `run`; survivors get the same controls as there.
+            test: says when to look, and whom to drop; it keeps no one early.
+
+        Returns:
+            Survivors have the flips that `run` gives, dropped candidates those of the images they were pasted on.
+        """
+        n_flips = len(self.flip_set.pixels)
+        patches = patches.to(self.encoder.device)
+        controls = shuffle_blocks(patches, generator=generator) if self.with_control else None
+        order = order.to(self.encoder.device)
+        stops = [*test.looks(n_flips), n_flips]
+        parts = []
+        step = max(1, self.batch_size // n_flips)
+        for start in range(0, len(patches), step):
+            chunk = patches[start : start + step]
+            others = None if controls is None else controls[start : start + step]
+            parts.append(self._race(chunk, others, kind, order, stops, test))
+        return Flips.concatenate(parts)
+
+    def _race(
+        self,
+        patches: Tensor,
+        controls: Tensor | None,
+        kind: str,
+        order: Tensor,
+        stops: list[int],
+        test: SequentialTest,
+    ) -> Flips:
+        """One chunk of a race, to its end."""
+        n_flips = len(order)
+        alive = torch.arange(len(patches), device=order.device)
+        shape = (len(patches), n_flips, self.flip_set.features.shape[1])
+        features = torch.empty(shape, device=order.device)
+        control = None if controls is None else torch.empty_like(features)
+        finished: list[Flips] = []
+        places: list[Tensor] = []
+        for begin, end in zip([0, *stops], stops, strict=False):
+            rows, seen = order[begin:end], order[:end]
+            features[alive[:, None], rows] = self._pasted(patches[alive], rows)
+            if control is not None and controls is not None:
+                control[alive[:, None], rows] = self._pasted(controls[alive], rows)
+            if end == n_flips:
+                leaving, kept = alive, alive[:0]
+                index: Tensor | None = None
+            else:
+                pick = (alive[:, None], seen)
+                hits = self._hits(features[pick], None if control is None else control[pick], seen, kind)
+                dropped = test.decide(hits, end, n_flips) == DROPPED
+                leaving, kept, index = alive[dropped], alive[~dropped], seen
+            if len(leaving):
+                at = (leaving,) if index is None else (leaving[:, None], index)
+                finished.append(self._compare(features[at], None if control is None else control[at], index))
+                places.append(leaving)
+            alive = kept
+            if len(alive) == 0:
+                break
+        back = torch.cat(places).argsort().cpu()
+        every = Flips.concatenate(finished)
+        return Flips(*(getattr(every, f.name)[back] for f in fields(Flips)))
+
+    def _hits(self, features: Tensor, control: Tensor | None, rows: Tensor, kind: str) -> Tensor:
+        """(n,) int64: images that speak for each candidate; no score, times F, is above their number."""
+        assignment = assign(features.flatten(0, 1), self.centroids).view(len(features), len(rows))
+        before = self.flip_set.assignment[rows].expand_as(assignment)
+        if kind == "any":
+            return (assignment != before).sum(dim=1)
+        if control is not None and kind != "source":
+            before = assign(control.flatten(0, 1), self.centroids).view_as(assignment)
+        counts = torch.zeros(len(assignment), len(self.centroids), device=assignment.device)
+        return counts.scatter_add_(1, assignment, (assignment != before).float()).amax(dim=1).long()
+
+    def _compare(self, features: Tensor, control: Tensor | None, rows: Tensor | None = None) -> Flips:
+        """What (n, f, D) features of patched images say beside their controls'; `rows` None is the whole set."""
+        flip_set = self.flip_set
+        before, unpatched, baseline = flip_set.assignment, flip_set.features, self.baseline
+        if rows is not None:
+            before, unpatched = before[rows], unpatched[rows]
+            baseline = self._counts(before[None])
+        n_flips = len(before)
+        assignment = assign(features.flatten(0, 1), self.centroids).view(-1, n_flips)
+        changed = (assignment != before).float().mean(dim=1)
+        gain = (self._counts(assignment) - baseline) / n_flips
+        if control is None:
+            control_gain = torch.zeros_like(gain)
+            shift = features.mean(dim=1) - unpatched.mean(dim=0)
+        else:
+            control_assignment = assign(control.flatten(0, 1), self.centroids).view(-1, n_flips)
+            control_gain = (self._counts(control_assignment) - baseline) / n_flips
+            shift = features.mean(dim=1) - control.mean(dim=1)
+        return Flips(changed.cpu(), gain.cpu(), control_gain.cpu(), shift.cpu())
+
+    def _pasted(self, patches: Tensor, rows: Tensor | None = None) -> Tensor:
+        """(n, f, D) unit-length features of every flip image, or of these rows, with every patch."""
+        pixels, corners = self.flip_set.pixels, self.flip_set.corners
+        if rows is not None:
+            pixels, corners = pixels[rows], corners[rows]
+        n, n_flips = len(patches), len(pixels)
+        pasted = paste_windows(
+            pixels.repeat(n, 1, 1, 1), patches.repeat_interleave(n_flips, dim=0), corners.repeat(n, 1)
+        )
         features = torch.cat([self.encoder.features(part) for part in torch.split(pasted, self.batch_size)])
         return F.normalize(features, dim=1).view(n, n_flips, -1)
 

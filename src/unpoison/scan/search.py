@@ -26,7 +26,7 @@ from unpoison.functional.windows import crop_windows, hottest_windows
 from unpoison.records import Clusters, ImageSet
 from unpoison.runtime import Progress
 from unpoison.scan.candidates import Candidates
-from unpoison.scan.config import ScanConfig
+from unpoison.scan.config import CARRIERS, MOST_DIRECTIONS, ScanConfig
 from unpoison.scan.flip_test import FlipTest
 from unpoison.scan.poisoncam import sharpen_windows
 
@@ -34,9 +34,6 @@ __all__ = ["SAME_PATTERN", "Attention", "Searcher", "directed_scores", "elect", 
 
 SAME_PATTERN = 0.6
 """Normalised cross-correlation from which two patches show the same pattern."""
-
-_CARRIERS = 2
-"""Images on which a window proves that it is whole, when its place is refined."""
 
 
 class Attention(Protocol):
@@ -67,7 +64,9 @@ def n_scored(n_clusters: int, samples: int, prune: float) -> int:
         alive -= dropped
 
 
-def vote(candidates: Candidates, *, leaders: int = 15, agreement: float = 0.5, most: int = 3) -> Tensor:
+def vote(
+    candidates: Candidates, *, leaders: int = 15, agreement: float = 0.5, most: int = MOST_DIRECTIONS
+) -> Tensor:
     """Directions in feature space on which strong candidates agree, strongest group first.
 
     The `leaders` strongest candidates by the concentrated score are grouped by the direction in which they push
@@ -245,9 +244,9 @@ class Searcher:
         index = torch.tensor(rows)
         pixels = self.images.pixels[index]
         corners = hottest_windows(self.attention.heat(pixels), config.window, config.patches)
-        best = self._test(index, pixels, corners[:, 0], step)
+        best = self._test(index, pixels, corners[:, 0], step, race=config.race)
         for place in range(1, config.patches):
-            other = self._test(index, pixels, corners[:, place], f"{step}/{place}")
+            other = self._test(index, pixels, corners[:, place], f"{step}/{place}", race=config.race)
             best = best.better_of(other, self._poison_scores(best), self._poison_scores(other))
         return best
 
@@ -264,7 +263,7 @@ class Searcher:
                 self.attention.windows(heat[:, number]),
                 direction,
                 self.config.window,
-                carriers=self.flip_test.flip_set.pixels[:_CARRIERS],
+                carriers=self.flip_test.flip_set.pixels[:CARRIERS],
                 batch_size=self.flip_test.batch_size,
             )
             found.append(self._test(rows, pixels, corners, f"{step}/{number}"))
@@ -298,10 +297,22 @@ class Searcher:
         ]
         return torch.tensor(list(_round_robin(queues, budget)), dtype=torch.int64)
 
-    def _test(self, rows: Tensor, pixels: Tensor, corners: Tensor, step: str) -> Candidates:
-        assert self.config.window is not None, "the config is resolved before the search"
-        patches = crop_windows(pixels, corners, self.config.window)
-        flips = self.flip_test.run(patches, generator=self.generator(f"control/{step}"))
+    def _test(
+        self, rows: Tensor, pixels: Tensor, corners: Tensor, step: str, *, race: bool = False
+    ) -> Candidates:
+        config = self.config
+        assert config.window is not None and config.score is not None, (
+            "the config is resolved before the search"
+        )
+        patches = crop_windows(pixels, corners, config.window)
+        generator = self.generator(f"control/{step}")
+        if race:
+            order = torch.randperm(
+                len(self.flip_test.flip_set.pixels), generator=self.generator("race order")
+            )
+            flips = self.flip_test.race(patches, kind=config.score, order=order, generator=generator)
+        else:
+            flips = self.flip_test.run(patches, generator=generator)
         return Candidates(rows, self.clusters.assignment[rows], corners, patches, flips)
 
 

@@ -1,0 +1,379 @@
+"""The story of an audit: what happens to an encoder on the way to a verdict, one call per stage.
+
+images → own collapse → starts → the smallest mask → its collapse on other images → rank among clean encoders
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from unpoison.audit.decree import (
+    DecreeConfig,
+    Inversion,
+    blend,
+    box_of,
+    hold_out,
+    invert,
+    mean_pairwise_cosine,
+    own_collapse,
+)
+from unpoison.audit.reference import (
+    Conditions,
+    Judgement,
+    add_to_reference,
+    family_of,
+    judge,
+    read_reference,
+)
+from unpoison.audit.result import AuditResult
+from unpoison.audit.shadow import GENERATED, generated_images
+from unpoison.data.export import write_json_atomically
+from unpoison.data.load import as_image_set
+from unpoison.data.sources import ImageSource, open_source
+from unpoison.encoders.checkpoints import as_encoder, save_tensors
+from unpoison.encoders.encoder import Encoder, Preprocessing
+from unpoison.encoders.extract import extract_features
+from unpoison.errors import ConfigError, DataError, NoVerdictError
+from unpoison.pipeline import Images
+from unpoison.records import ImageSet
+from unpoison.report.audit_page import write_audit_report
+from unpoison.runs import MemoryRun, RunFolder, Stages
+from unpoison.runtime import Progress, silent, stage_generator
+
+__all__ = ["PAPER_THRESHOLD", "SHADOW_IMAGES", "audit", "load_audit"]
+
+PAPER_THRESHOLD = 0.1
+"""Mask share below which the paper calls an encoder trojaned; shown beside the figure, never the verdict."""
+
+SHADOW_IMAGES = 512
+"""Images that an audit uses at most, unless it is told another number."""
+
+_EXAMPLES = 8
+
+
+def audit(
+    encoder: Encoder | nn.Module | str | Path,
+    images: Images | None = None,
+    *,
+    config: DecreeConfig | None = None,
+    out: str | Path | None = None,
+    reference: str | Path | None = None,
+    add_to: str | Path | None = None,
+    alpha: float = 0.05,
+    preprocessing: Preprocessing | None = None,
+    sample: int = SHADOW_IMAGES,
+    seed: int = 0,
+    device: str = "auto",
+    precision: str = "auto",
+    workers: int | None = None,
+    root: str | Path | None = None,
+    follow_links: bool = False,
+    fresh: bool = False,
+    progress: Progress = silent,
+) -> AuditResult:
+    """Is this encoder backdoored?
+
+    Args:
+        encoder: a reference (`timm:NAME`, a file), an `Encoder`, or a module (then with `preprocessing`).
+        images: clean images such as the encoder was made for; a folder, shards, a list file, or in Python an
+            `ImageSet`, a tensor (N, 3, H, W), paths. None takes generated ones.
+        config: how hard to look.
+        out: run folder with all files of a run; a run that was stopped goes on there, a finished one is judged again,
+            which costs nothing. None keeps everything in memory.
+        reference: file with the figures of clean encoders of the same family; without one there is no verdict.
+        add_to: reference file to which this encoder, known to be clean, is added.
+        alpha: allowed share of clean encoders that are called backdoored.
+        preprocessing: of a module.
+        sample: images used at most; which ones does not depend on the seed.
+        seed: every draw of the run depends on it alone.
+        device: see `runtime.choose_device`.
+        precision: see `runtime.choose_precision`.
+        workers: decoding threads.
+        root: see `data.sources.open_source`, as for `follow_links`.
+        follow_links: whether links may leave the folder.
+        fresh: forget an earlier run in `out`.
+        progress: told (stage, done, total).
+
+    Raises:
+        ConfigError: a setting is wrong, there is no such reference, or `out` holds something else.
+        DataError: the reference cannot be read.
+        CheckpointError: the encoder's weights are refused.
+        NoVerdictError: too few images, or the encoder's features are not finite or all alike.
+    """
+    config = config or DecreeConfig()
+    if not 0 < alpha < 0.5:
+        raise ConfigError(f"alpha={alpha}: expected a false-alarm rate in (0, 0.5)")
+    if sample < 1:
+        raise ConfigError(f"sample={sample}: expected at least 1 image")
+    tables = None if reference is None else read_reference(reference)
+    if add_to is not None and Path(add_to).exists():
+        read_reference(add_to)  # complains before the long work begins
+    if isinstance(images, str | Path):
+        images = open_source(images, root=root, follow_links=follow_links)
+    suspect = as_encoder(encoder, preprocessing, device=device, precision=precision)
+    if add_to is not None and not suspect.fingerprint:
+        raise ConfigError(
+            "an encoder without a fingerprint cannot be a reference: give a file, a name or an nn.Module"
+        )
+    geometry = suspect.preprocessing.geometry
+    if images is None:
+        shadow, location = generated_images(sample, geometry.size), GENERATED
+    else:
+        # The sample is the same for every seed, so that audits with one folder compare.
+        shadow = as_image_set(images, geometry, workers=workers, sample=sample, seed=0, progress=progress)
+        location = images.location if isinstance(images, ImageSource) else "images in memory"
+    conditions = Conditions(
+        family=family_of(suspect),
+        image_size=geometry.size,
+        settings=asdict(config),
+        shadow=hashlib.sha256(shadow.pixels.contiguous().numpy().tobytes()).hexdigest(),
+    )
+    settings = {
+        "audit": "decree",
+        "encoder": {"name": suspect.name, "weights": suspect.fingerprint},
+        "geometry": asdict(geometry),
+        "images": conditions.shadow,
+        "config": asdict(config),
+        "seed": seed,
+    }
+    folder = None if out is None else RunFolder(Path(out), settings, fresh=fresh)
+    run: Stages = folder or MemoryRun()
+    try:
+        searched = _search(suspect, shadow, config, run, seed, progress)
+    except NoVerdictError:
+        if folder is not None:
+            folder.forget()
+        raise
+    said = judge(searched.mask_share, conditions, tables, alpha=alpha, fingerprint=suspect.fingerprint)
+    if add_to is not None:
+        add_to_reference(add_to, conditions, suspect.fingerprint, searched.mask_share)
+    summary = {
+        **_answer(searched, said, config, alpha, None if reference is None else Path(reference).name),
+        "family": conditions.family,
+        "image_size": conditions.image_size,
+        "scope": _scope(location == GENERATED),
+        "location": location,
+        "n_images": len(shadow) + len(shadow.skipped),
+        "n_searched": searched.n_searched,
+        "n_held_out": len(searched.held),
+        "n_skipped": len(shadow.skipped),
+        "encoder": suspect.name,
+        "encoder_fingerprint": suspect.fingerprint,
+        "preprocessing_assumed": suspect.preprocessing.assumed,
+        "images_fingerprint": conditions.shadow,
+        "encoder_passes": run.passes,
+        "seconds": sum(run.seconds.values()),
+        "stages": dict(run.seconds),
+        "precision": str(suspect.precision).removeprefix("torch."),
+        "config": asdict(config),
+        "seed": seed,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in ("unpoison", "torch", "timm", "numpy")},
+        },
+    }
+    # Spread over the order of the images, in which one class often follows the other.
+    rows = torch.linspace(0, len(searched.held) - 1, min(_EXAMPLES, len(searched.held))).long()
+    examples = searched.held[rows]
+    stamped = blend(examples.float() / 255, searched.found.mask, searched.found.pattern)
+    pixels = (stamped * 255).round().to(torch.uint8)
+    result = AuditResult(said.verdict, searched.found, examples, pixels, said.mask_shares, summary)
+    if folder is not None:
+        write_audit_report(folder.path, result)
+        _save(folder.path, result)
+    return result
+
+
+def load_audit(folder: str | Path) -> AuditResult:
+    """The result of a finished audit.
+
+    Raises:
+        ConfigError: there is no finished audit in the folder.
+        DataError: a file of it is missing or damaged.
+    """
+    folder = Path(folder)
+    if not (folder / "verdict.json").is_file():
+        raise ConfigError(
+            f"{folder}: holds no finished audit (no verdict.json); the audit's own command resumes it"
+        )
+    try:
+        summary = json.loads((folder / "verdict.json").read_text(encoding="utf-8"))
+        with safe_open(folder / "trigger.safetensors", "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+        return AuditResult(
+            summary["verdict"],
+            _as_inversion(tensors),
+            tensors["examples"],
+            tensors["stamped"],
+            tuple(float(share) for share in summary["reference_shares"]),
+            summary,
+        )
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise DataError(
+            f"{folder}: a file of the audit is missing or damaged; audit again with --fresh"
+        ) from error
+
+
+@dataclass(frozen=True, eq=False)
+class _Searched:
+    """What the search found.
+
+    Attributes:
+        tried: one per start, at the gain that the verdict rests on.
+        relaxed: the best start at the relaxed gain; None when it was not needed.
+        found: the trigger to show.
+        before, after: mean cosine of the held-out images without and with it.
+        n_searched: images that it was searched on.
+        held: (M, 3, S, S) uint8, the others.
+    """
+
+    tried: tuple[Inversion, ...]
+    relaxed: Inversion | None
+    found: Inversion
+    before: float
+    after: float
+    n_searched: int
+    held: Tensor
+
+    @property
+    def mask_share(self) -> float:
+        """Of the smallest mask at the verdict's gain; 1 when none reached it."""
+        best = _best(self.tried)
+        return best.mask_share if best.reached else 1.0
+
+
+def _search(
+    encoder: Encoder, shadow: ImageSet, config: DecreeConfig, run: Stages, seed: int, progress: Progress
+) -> _Searched:
+    """From images to the smallest mask."""
+    searched, held = hold_out(shadow, stage_generator(seed, "audit/hold out"))
+
+    def passes() -> int:
+        return encoder.images_shown
+
+    def measure(mask: Tensor | None = None, pattern: Tensor | None = None) -> dict[str, Tensor]:
+        value = mean_pairwise_cosine(encoder, held, mask=mask, pattern=pattern)
+        return {"collapse": torch.tensor(value, dtype=torch.float64)}
+
+    def own() -> dict[str, Tensor]:
+        extract_features(encoder, shadow, batch_size=256, progress=progress)  # refuses NaN and zero features
+        return {"searched": torch.tensor(own_collapse(encoder, searched), dtype=torch.float64), **measure()}
+
+    clean = run.stage("clean", own, passes=passes)
+
+    def start(name: str, number: int, gain: float) -> Inversion:
+        def compute() -> dict[str, Tensor]:
+            found = invert(
+                encoder,
+                searched,
+                config,
+                clean_collapse=float(clean["searched"]),
+                generator=stage_generator(seed, f"audit/{name}-{number}"),
+                gain=gain,
+                stage=f"{name} {number + 1} of {config.starts}",
+                progress=progress,
+            )
+            return _as_tensors(found)
+
+        return _as_inversion(run.stage(f"{name}-{number}", compute, passes=passes))
+
+    tried = tuple(start("start", number, config.gain) for number in range(config.starts))
+    found, relaxed = _best(tried), None
+    if not found.reached and not config.faithful:
+        relaxed = _best(
+            tuple(start("relaxed", number, config.relaxed_gain) for number in range(config.starts))
+        )
+        found = relaxed if relaxed.reached else found
+    after = run.stage("measure", lambda: measure(found.mask, found.pattern), passes=passes)
+    return _Searched(
+        tried, relaxed, found, float(clean["collapse"]), float(after["collapse"]), len(searched), held
+    )
+
+
+def _answer(
+    searched: _Searched, said: Judgement, config: DecreeConfig, alpha: float, reference: str | None
+) -> dict[str, Any]:
+    """The first half of verdict.json: what was found, and what it means."""
+    box, relaxed = box_of(searched.found.mask), searched.relaxed
+    answer: dict[str, Any] = {
+        "schema": 1,
+        "verdict": said.verdict,
+        "method": "decree",
+        "alpha": alpha,
+        "p_value": said.p_value,
+        "mask_share": searched.mask_share,
+        "reached": any(one.reached for one in searched.tried),
+        "below_paper_threshold": searched.mask_share < PAPER_THRESHOLD,
+        "collapse_before": searched.before,
+        "collapse_after": searched.after,
+        "relaxed": None
+        if relaxed is None
+        else {"gain": config.relaxed_gain, "reached": relaxed.reached, "mask_share": relaxed.mask_share},
+        "box": None if box is None else asdict(box),
+        "image": "trigger.png",
+        "starts": [
+            {
+                "mask_share": one.mask_share,
+                "collapse": one.collapse,
+                "reached": one.reached,
+                "steps": len(one.curve),
+            }
+            for one in searched.tried
+        ],
+        "reference": reference,
+        "reference_shares": list(said.mask_shares),
+    }
+    if said.reason:
+        answer["reason"] = said.reason
+    return answer
+
+
+def _best(tried: tuple[Inversion, ...]) -> Inversion:
+    """The smallest mask that collapses the features as wanted, else the largest collapse."""
+    reached = [one for one in tried if one.reached]
+    if reached:
+        return min(reached, key=lambda one: one.mask_share)
+    return max(tried, key=lambda one: one.collapse)
+
+
+def _scope(generated: bool) -> dict[str, list[str]]:
+    tested = [
+        "one opaque or half-transparent patch at a fixed place that gives every image nearly the same features"
+    ]
+    untested = [
+        "triggers that change the whole image, such as CTRL's",
+        "backdoors that keep the features of triggered images apart on purpose, such as DRUPE's",
+        "weak backdoors from poisoned training images, which gather features without making them alike",
+        "several triggers: the search shows one of them",
+    ]
+    if generated:
+        untested.append("the encoder on the images it was made for: only generated ones were used")
+    return {"tested": tested, "not_tested": untested}
+
+
+def _as_tensors(found: Inversion) -> dict[str, Tensor]:
+    figures = torch.tensor([found.mask_share, found.collapse, float(found.reached)], dtype=torch.float64)
+    return {"mask": found.mask, "pattern": found.pattern, "curve": found.curve, "figures": figures}
+
+
+def _as_inversion(tensors: dict[str, Tensor]) -> Inversion:
+    share, collapse, reached = tensors["figures"].tolist()
+    return Inversion(tensors["mask"], tensors["pattern"], share, collapse, bool(reached), tensors["curve"])
+
+
+def _save(folder: Path, result: AuditResult) -> None:
+    """The trigger as tensors, and verdict.json last, since it says that the audit is complete."""
+    tensors = {**_as_tensors(result.found), "examples": result.examples, "stamped": result.stamped}
+    plain = {key: value.contiguous(memory_format=torch.contiguous_format) for key, value in tensors.items()}
+    save_tensors(folder / "trigger.safetensors", plain, {"schema": 1}, what="trigger")
+    write_json_atomically(folder / "verdict.json", result.summary)

@@ -1,0 +1,141 @@
+"""`unpoison audit`: is this encoder backdoored?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from unpoison.cli.options import Device, FollowLinks, Fresh, Json, Precision, Quiet, Root, Seed, Workers
+from unpoison.cli.scan import EXIT_CODES
+from unpoison.cli.screen import Screen, log_into
+
+__all__ = ["app"]
+
+_SEARCH = "The search"
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command(
+    epilog="Exit codes: 0 no evidence of a backdoor · 1 backdoored · 2 wrong usage · 3 the run failed · "
+    "4 inconclusive, as without --reference · 130 interrupted; the same command resumes.\n\n"
+    "Example: unpoison audit encoder.safetensors --images images/ --reference reference.json --out run\n\n"
+    "Example: unpoison audit clean.safetensors --images images/ --add-to-reference reference.json --out clean-run"
+)
+def audit(
+    encoder: Annotated[
+        str,
+        typer.Argument(metavar="ENC", help="timm:NAME, torchvision:NAME or a file.", show_default=False),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            metavar="RUN",
+            help="Run folder; an earlier run in it is resumed or judged again.",
+            show_default=False,
+        ),
+    ],
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="IMAGES",
+            help="Clean images like those the encoder is for; a folder, shards or a list. Default: generated ones.",
+            show_default=False,
+        ),
+    ] = None,
+    arch: Annotated[
+        str | None, typer.Option(help="Architecture of a file that does not name its own.")
+    ] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(metavar="PX", help="Side of the encoder's input, where ENC does not say it.", min=8),
+    ] = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Figures of clean encoders of the same family; without it there is no verdict.",
+        ),
+    ] = None,
+    add_to_reference: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="ENC is known to be clean: add its figure to this file."),
+    ] = None,
+    alpha: Annotated[
+        float, typer.Option(help="Share of clean encoders that may be called backdoored.")
+    ] = 0.05,
+    exit_zero: Annotated[
+        bool, typer.Option("--exit-zero", help="Return 0 also when the encoder is backdoored.")
+    ] = False,
+    fresh: Fresh = False,
+    faithful: Annotated[
+        bool,
+        typer.Option(
+            "--faithful", help="DECREE with the published schedule; slower.", rich_help_panel=_SEARCH
+        ),
+    ] = False,
+    restarts: Annotated[
+        int | None,
+        typer.Option(help="Random starts; default: 2.", rich_help_panel=_SEARCH, show_default=False),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Most steps of a start; default: 500.", rich_help_panel=_SEARCH, show_default=False
+        ),
+    ] = None,
+    sample: Annotated[
+        int, typer.Option(metavar="N", help="Images used at most.", rich_help_panel=_SEARCH, min=1)
+    ] = 512,
+    root: Root = None,
+    follow_links: FollowLinks = False,
+    seed: Seed = 0,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    workers: Workers = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Find a backdoor in an encoder, without its training images.
+
+    Reconstructs the smallest patch that makes the encoder take all images for one another (DECREE), and ranks it among
+    those of clean encoders. Writes a verdict, the trigger as a picture, and a report for people to RUN.
+    """
+    screen = Screen(as_json=as_json, quiet=quiet)
+    from unpoison import audit_pipeline
+    from unpoison.audit.decree import DecreeConfig
+    from unpoison.encoders.checkpoints import load_encoder
+    from unpoison.report.audit_page import audit_as_text, make_audit_report
+
+    given = {"restarts": restarts, "steps": steps}
+    chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    config = DecreeConfig(faithful=faithful, **chosen)
+    suspect = load_encoder(encoder, arch=arch, image_size=image_size, device=device, precision=precision)
+    if suspect.preprocessing.assumed:
+        screen.note("the encoder's normalisation or input size is assumed, not known; the report says so")
+    with log_into(out), screen.progress() as progress:
+        result = audit_pipeline.audit(
+            suspect,
+            images,
+            config=config,
+            out=out,
+            reference=reference,
+            add_to=add_to_reference,
+            alpha=alpha,
+            sample=sample,
+            seed=seed,
+            workers=workers,
+            root=root,
+            follow_links=follow_links,
+            fresh=fresh,
+            progress=progress,
+        )
+    page = out / "report.html"
+    screen.finish(
+        {**result.summary, "run": str(out), "report": str(page)},
+        lambda: f"{audit_as_text(make_audit_report(result))}\n\n{result.verdict}: see {page}",
+    )
+    raise typer.Exit(0 if exit_zero and result.verdict == "poisoned" else EXIT_CODES[result.verdict])

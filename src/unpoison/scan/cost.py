@@ -1,0 +1,266 @@
+"""What will a scan cost? Passes per stage from the settings alone, time from one timed batch, memory.
+
+Passes are counted by the formulas of docs/methods.md. Two things are not known before a scan: how many directions the
+candidates elect, and how many patterns become finalists. `expected` takes one of each, as in a scan that finds one
+trigger; `most` takes as many as there can be, and is never exceeded. A scan that finds nothing costs less.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+
+import torch
+
+from unpoison.encoders.encoder import Encoder
+from unpoison.errors import ConfigError
+from unpoison.functional.windows import grid_masks
+from unpoison.scan.config import (
+    CARRIERS,
+    MOST_BENIGN,
+    MOST_DIRECTIONS,
+    MOST_FINALISTS,
+    PICTURES,
+    TRIALS,
+    ScanConfig,
+    held_out_count,
+)
+from unpoison.scan.flip_test import RACE
+from unpoison.scan.patchsearch import PASSES_PER_MAP
+from unpoison.scan.poison_classifier import ClassifierConfig
+from unpoison.scan.search import n_scored
+
+__all__ = ["Rate", "ScanCost", "StageCost", "expected_cost", "fit_budget", "measure_rate"]
+
+_RACE_SURVIVORS = 0.25
+"""Share of raced candidates that we expect to need the whole flip set."""
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """Passes of one stage: as expected, and at the most."""
+
+    name: str
+    expected: int
+    most: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScanCost:
+    """What a scan is expected to cost.
+
+    Attributes:
+        stages: in the order in which they run, named as in verdict.json.
+        classifier_trained: images shown to the classifier's own networks in training, only when poison is confirmed.
+        classifier_judged: images shown to them afterwards.
+        memory: bytes of the data that the scan holds, without the networks and what they need while they run.
+        disk: bytes of decoded pixels in the run folder.
+    """
+
+    stages: tuple[StageCost, ...]
+    classifier_trained: int
+    classifier_judged: int
+    memory: int
+    disk: int
+
+    @property
+    def expected(self) -> int:
+        """Encoder passes with one direction and one finalist."""
+        return sum(stage.expected for stage in self.stages)
+
+    @property
+    def most(self) -> int:
+        """Encoder passes that are never exceeded."""
+        return sum(stage.most for stage in self.stages)
+
+
+@dataclass(frozen=True)
+class Rate:
+    """What one timed batch says of an encoder.
+
+    Attributes:
+        images_per_second: shown to it.
+        features: D, columns of its features.
+        memory: bytes that a GPU needed at its peak; None on a CPU.
+    """
+
+    images_per_second: float
+    features: int
+    memory: int | None
+
+
+def expected_cost(
+    config: ScanConfig, n_images: int, image_size: int, *, features: int = 512, batch_size: int = 512
+) -> ScanCost:
+    """The cost of a scan with these settings.
+
+    Args:
+        config: resolved settings.
+        n_images: readable images.
+        image_size: side of the encoder's input, pixels.
+        features: D, columns of the encoder's features; for the memory.
+        batch_size: images per pass; for the memory.
+    """
+    assert config.clusters is not None and config.n_flips is not None and config.window is not None, (
+        "the config is resolved before its cost is counted"
+    )
+    held_out = held_out_count(n_images)
+    allowed = n_images - held_out
+    n_flips = min(config.n_flips, allowed)
+    flips = n_flips * (1 if config.faithful else 2)
+    # The first look at which someone can be dropped.
+    looks = [n for n in RACE.looks(n_flips) if RACE.most_hits_dropped(n, n_flips) >= 0] if config.race else []
+    raced = round(flips * _RACE_SURVIVORS + 2 * looks[0] * (1 - _RACE_SURVIVORS)) if looks else flips
+    masks = _mask_count(config, image_size)
+    by_gradient = config.attention == "gradcam"
+    explored = min(n_scored(config.clusters, config.samples, config.prune), allowed)
+    heat = PASSES_PER_MAP if by_gradient else 1 + masks
+    carriers = min(CARRIERS, n_flips)
+    sharpen = 9 * (1 + carriers) * _sharpening_steps(config.window)
+
+    def look_again(n: int, directions: int) -> int:
+        along = PASSES_PER_MAP * directions if by_gradient else masks
+        return n * (along + directions * (sharpen + flips))
+
+    def confirmation(finalists: int) -> int:
+        return min(MOST_BENIGN, allowed) * flips + 2 * finalists * held_out
+
+    directed = config.score == "directed"
+    trials, exploited = min(TRIALS, explored), min(config.exploit, allowed)
+    along = PASSES_PER_MAP if by_gradient else masks
+    pictures = min(PICTURES, explored + exploited)
+    stages = [
+        StageCost("features", n_images, n_images),
+        StageCost("flip set", n_flips, n_flips),
+        StageCost(
+            "explore",
+            _explored(config, allowed) * (heat + config.patches * raced),
+            explored * (heat + config.patches * flips),
+        ),
+    ]
+    if directed:
+        stages += [
+            # Each direction is tried for itself, and hides the masks anew.
+            StageCost("trial", look_again(trials, 1), MOST_DIRECTIONS * look_again(trials, 1)),
+            StageCost("exploit", look_again(exploited, 1), look_again(exploited, MOST_DIRECTIONS)),
+        ]
+    stages += [
+        StageCost("confirm", confirmation(1), confirmation(MOST_FINALISTS)),
+        StageCost("evidence", pictures * (along if directed else heat), pictures * max(along, heat)),
+    ]
+    classifier = ClassifierConfig.published() if config.faithful else ClassifierConfig()
+    side = 3 * image_size**2
+    per_chunk = max(batch_size, masks, n_flips)
+    return ScanCost(
+        stages=tuple(stages),
+        classifier_trained=classifier.networks * classifier.iterations * classifier.batch_size,
+        classifier_judged=classifier.networks * n_images,
+        # Pixels may be a memory map, but are all read; features twice, while they are made unit length; the similarity
+        # to all centroids in k-means; a batch as bytes and as floats.
+        memory=n_images * (side + 8 * features + 4 * config.clusters)
+        + per_chunk * (5 * side + 4 * features + 4 * config.clusters),
+        disk=n_images * side,
+    )
+
+
+def _explored(config: ScanConfig, allowed: int) -> int:
+    """Images that the rounds score when every cluster has as many as the average one and runs dry as it does."""
+    assert config.clusters is not None, "the config is resolved before its cost is counted"
+    alive, left, total = config.clusters, allowed / config.clusters, 0.0
+    while True:
+        drawn = min(float(config.samples), left)
+        total, left = total + alive * drawn, left - drawn
+        dropped = int(config.prune * alive)
+        if dropped == 0:
+            return round(total)
+        alive -= dropped
+
+
+def _mask_count(config: ScanConfig, image_size: int) -> int:
+    assert config.window is not None, "the config is resolved before its cost is counted"
+    if config.masks == "grid":
+        return len(grid_masks(image_size, config.window, max(1, config.window // 2)))
+    return config.n_masks
+
+
+def _sharpening_steps(window: int) -> int:
+    """Rounds of `sharpen_windows`: a third of the side, then half of that, and so on down to one pixel.
+
+    >>> _sharpening_steps(9), _sharpening_steps(60)
+    (3, 6)
+    """
+    step, rounds = -(-window // 3), 1
+    while step > 1:
+        step, rounds = -(-step // 2), rounds + 1
+    return rounds
+
+
+def measure_rate(encoder: Encoder, batch_size: int) -> Rate:
+    """Time one batch, after one that warms up.
+
+    Args:
+        encoder: shown 2 `batch_size` grey images, which do not count in `images_shown`.
+        batch_size: images per pass.
+    """
+    size, shown = encoder.preprocessing.geometry.size, encoder.images_shown
+    pixels = torch.full((batch_size, 3, size, size), 128, dtype=torch.uint8)
+    on_gpu = encoder.device.type == "cuda"
+    seconds, columns = 0.0, 0
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(encoder.device)
+    for _ in range(2):
+        start = time.perf_counter()
+        features = encoder.features(pixels)
+        columns = features[:1].cpu().shape[1]  # waits until the device is done
+        seconds = time.perf_counter() - start
+    encoder.images_shown = shown
+    memory = torch.cuda.max_memory_allocated(encoder.device) if on_gpu else None
+    return Rate(batch_size / max(seconds, 1e-9), columns, memory)
+
+
+def fit_budget(config: ScanConfig, n_images: int, image_size: int, max_passes: int) -> ScanConfig:
+    """The largest search that never takes more than `max_passes`; the confirmation stays as it is.
+
+    In turn fewer images are looked at again, each patch is pasted on fewer images, one image less per cluster and
+    round is drawn, and more clusters are dropped per round. What this costs is said by `power.power_statement`.
+
+    Args:
+        config: resolved settings; unchanged where they fit.
+        n_images: readable images.
+        image_size: side of the encoder's input, pixels.
+        max_passes: budget, encoder passes, without pre-training and classifier.
+
+    Raises:
+        ConfigError: even the smallest search would take more.
+    """
+    assert config.n_flips is not None, "the config is resolved before it is fitted"
+    smaller = config
+    needed = expected_cost(smaller, n_images, image_size).most
+    for exploit, n_flips, samples, prune in (
+        (200, 96, 2, 0.25),
+        (100, 96, 2, 0.25),
+        (100, 64, 2, 0.25),
+        (60, 48, 2, 0.25),
+        (60, 48, 2, 0.4),
+        (60, 48, 1, 0.25),
+        (60, 48, 1, 0.4),
+        (40, 32, 1, 0.4),
+        (40, 32, 1, 0.6),
+        (20, 32, 1, 0.9),
+    ):
+        if needed <= max_passes:
+            break
+        smaller = replace(
+            config,
+            exploit=min(config.exploit, exploit),
+            n_flips=min(config.n_flips, n_flips),
+            samples=min(config.samples, samples),
+            prune=max(config.prune, prune),
+        )
+        needed = expected_cost(smaller, n_images, image_size).most
+    if needed > max_passes:
+        raise ConfigError(
+            f"max_passes={max_passes}: the smallest search of {n_images} images may take {needed}; raise it, or scan "
+            "fewer images with --sample"
+        )
+    return smaller

@@ -1,0 +1,160 @@
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import unpoison
+from audit_toys import BOX, clean_images, toy
+from report.test_schemas import fits
+from unpoison.audit.decree import DecreeConfig, box_of
+from unpoison.audit.reference import read_reference
+from unpoison.audit_pipeline import audit, load_audit
+from unpoison.errors import ConfigError, DataError, NoVerdictError
+from unpoison.records import Box
+from unpoison.report.schemas import SCHEMAS
+
+QUICK = DecreeConfig(steps=120, restarts=1, batch_size=24)
+IMAGES = clean_images()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished audit of the backdoored toy, without a reference."""
+    out = tmp_path_factory.mktemp("audit") / "run"
+    audit(toy(), IMAGES, config=QUICK, out=out)
+    return out
+
+
+def test_a_backdoor_is_called_so_beside_clean_encoders(tmp_path):
+    reference = tmp_path / "reference.json"
+    few = replace(QUICK, steps=20)
+    for number in range(4):
+        clean = toy(0.1 * number, fingerprint=f"clean-{number}")
+        audit(clean, IMAGES, config=few, add_to=reference)
+    assert [len(table.mask_shares) for table in read_reference(reference)] == [4]
+    result = audit(toy(), IMAGES, config=few, reference=reference, alpha=0.2)
+    assert result.verdict == "poisoned" and result.summary["p_value"] == pytest.approx(0.2)
+    assert (
+        result.reference_shares == tuple(sorted(result.reference_shares))
+        and len(result.reference_shares) == 4
+    )
+    assert fits(result.summary, SCHEMAS["audit"])
+    again = audit(toy(0.0, fingerprint="clean-0"), IMAGES, config=few, reference=reference, alpha=0.2)
+    assert again.verdict == "inconclusive"  # it is one of the four, and three are too few
+    assert audit(toy(0.05), IMAGES, config=few, reference=reference, alpha=0.2).verdict in (
+        "no_evidence",
+        "poisoned",
+    )
+
+
+def test_without_a_reference_the_figures_stand_alone(run):
+    result = load_audit(run)
+    summary = result.summary
+    assert summary == json.loads((run / "verdict.json").read_text())
+    assert fits(summary, SCHEMAS["audit"])
+    assert (result.verdict, summary["p_value"], summary["reference"]) == ("inconclusive", None, None)
+    assert "no reference was given" in summary["reason"]
+    assert summary["reached"] and result.mask_share == summary["mask_share"] < 0.3
+    assert summary["collapse_before"] < 0.5 and summary["collapse_after"] > 0.9
+    assert Box(**summary["box"]) == box_of(result.found.mask)
+    assert Box(**summary["box"]).intersection(BOX) > 0
+    assert summary["n_images"] == summary["n_searched"] + summary["n_held_out"] == 64
+    # Features of all 64 once, the collapse of both halves, steps of 24 forward and backward, and the trigger's effect.
+    steps = summary["starts"][0]["steps"]
+    assert 64 + 48 + 16 + 3 * 24 * steps + 16 == summary["encoder_passes"]
+
+
+def test_a_finished_run_is_judged_again_without_searching_again(run, tmp_path):
+    before = (run / "verdict.json").read_bytes()
+    encoder = toy()
+    assert audit(encoder, IMAGES, config=QUICK, out=run).verdict == "inconclusive"
+    assert encoder.images_shown == 0 and (run / "verdict.json").read_bytes() == before
+    with pytest.raises(ConfigError, match="holds a run with other settings: seed was 0, now 1"):
+        audit(toy(), IMAGES, config=QUICK, out=run, seed=1)
+    assert (run / "verdict.json").read_bytes() == before
+
+
+def test_a_killed_run_goes_on_after_its_last_start(tmp_path):
+    config = replace(QUICK, steps=10, restarts=3)
+    whole = audit(toy(), IMAGES, config=config)
+
+    def stop(stage, done, total):
+        if stage.startswith("start 3"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        audit(toy(), IMAGES, config=config, out=tmp_path / "run", progress=stop)
+    assert not (tmp_path / "run" / "verdict.json").exists()
+    encoder = toy()
+    resumed = audit(encoder, IMAGES, config=config, out=tmp_path / "run")
+    assert torch.equal(resumed.found.mask, whole.found.mask)
+    # The start that was stopped, and what follows it; the other two came from the cache.
+    assert encoder.images_shown == 3 * 24 * 10 + (
+        16 if resumed.summary["reached"] else encoder.images_shown - 720
+    )
+    assert resumed.summary["encoder_passes"] == whole.summary["encoder_passes"]
+    audit(toy(), IMAGES, config=QUICK, out=tmp_path / "run", fresh=True)
+
+
+def test_generated_images_serve_where_there_are_none():
+    result = audit(toy(), config=replace(QUICK, steps=5), sample=40)
+    assert result.summary["location"] == "generated images" and result.summary["n_images"] == 40
+    assert any("generated" in line for line in result.summary["scope"]["not_tested"])
+
+
+def test_a_collapse_out_of_reach_leads_to_the_relaxed_search():
+    result = audit(toy(0.0), IMAGES, config=replace(QUICK, steps=2, relaxed_gain=0.01))
+    assert not result.summary["reached"] and result.mask_share == 1
+    assert result.summary["relaxed"]["gain"] == 0.01
+    faithful = audit(toy(), IMAGES, config=DecreeConfig(faithful=True))
+    assert faithful.summary["relaxed"] is None and faithful.summary["reached"]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"alpha": 0.5}, ConfigError, r"alpha=0.5: expected a false-alarm rate in \(0, 0.5\)"),
+        ({"sample": 0}, ConfigError, "sample=0: expected at least 1 image"),
+        ({"sample": 20}, NoVerdictError, "20 readable images: an audit needs at least 32"),
+        (
+            {"reference": "nowhere.json"},
+            ConfigError,
+            "no such file; expected one that --add-to-reference wrote",
+        ),
+    ],
+)
+def test_what_cannot_be_is_said_and_leaves_no_run(tmp_path, options, error, message):
+    with pytest.raises(error, match=message):
+        audit(toy(), IMAGES, config=QUICK, out=tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_encoder_without_a_fingerprint_is_no_reference(tmp_path):
+    with pytest.raises(
+        ConfigError, match="an encoder without a fingerprint cannot be a reference: give a file"
+    ):
+        audit(toy(fingerprint=""), IMAGES, add_to=tmp_path / "reference.json")
+
+
+def test_nan_weights_are_no_answer(tmp_path):
+    encoder = toy()
+    encoder.network.strength.data.fill_(float("nan"))
+    with pytest.raises(NoVerdictError, match="toy gives NaN, infinite or zero features"):
+        audit(encoder, IMAGES, config=QUICK, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_or_missing_audit_is_said(run, tmp_path):
+    with pytest.raises(ConfigError, match=r"holds no finished audit \(no verdict.json\)"):
+        load_audit(tmp_path)
+    (tmp_path / "verdict.json").write_bytes((run / "verdict.json").read_bytes())
+    with pytest.raises(
+        DataError, match="a file of the audit is missing or damaged; audit again with --fresh"
+    ):
+        load_audit(tmp_path)
+
+
+def test_the_public_names_are_these():
+    assert unpoison.AuditResult and unpoison.DecreeConfig is DecreeConfig
+    assert unpoison.load_audit is load_audit and unpoison.audit.__doc__
