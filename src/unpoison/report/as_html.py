@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from unpoison.report.document import Report
 from unpoison.report.pictures import Picture, Pixels, colour_map, data_uri
 
-__all__ = ["as_html"]
+__all__ = ["as_html", "page_environment"]
 
 _THUMBNAIL = 96  # pixels
 
 
+def page_environment() -> Environment:
+    """What renders our pages: their templates share one style, and every string is escaped."""
+    return Environment(
+        loader=PackageLoader("unpoison.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+
+
 def as_html(report: Report) -> str:
     """The report as a page; a pure function of the record."""
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = page_environment()
     environment.filters["picture"] = _picture
     environment.filters["thumbnail"] = _thumbnail
-    template = environment.from_string(
-        files("unpoison.report").joinpath("templates/report.html").read_text(encoding="utf-8")
+    return environment.get_template("report.html").render(
+        report=report, word=_WORDS[report.verdict], scale=data_uri(_colour_bar())
     )
-    return template.render(report=report, word=_WORDS[report.verdict], scale=data_uri(_colour_bar()))
 
 
 _WORDS: dict[str, str] = {

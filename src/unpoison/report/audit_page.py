@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 import torch
-from jinja2 import Environment, StrictUndefined
 from PIL import Image
 from torch import Tensor
 
@@ -21,6 +19,7 @@ from unpoison.audit.result import AuditResult
 from unpoison.data.export import atomic_file
 from unpoison.data.sources import escape
 from unpoison.records import Verdict
+from unpoison.report.as_html import page_environment
 from unpoison.report.document import Fact, Step
 from unpoison.report.pictures import Picture, Pixels, as_pixels, data_uri, enlarge
 
@@ -143,14 +142,9 @@ def make_audit_report(result: AuditResult) -> AuditReport:
 
 def audit_as_html(report: AuditReport) -> str:
     """The page; a pure function of the record. It holds no script, loads nothing, and escapes every string."""
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = page_environment()
     environment.filters["picture"] = _as_image
-    template = environment.from_string(
-        files("unpoison.report").joinpath("templates/audit.html").read_text(encoding="utf-8")
-    )
-    return template.render(report=report, word=_WORDS[report.verdict])
+    return environment.get_template("audit.html").render(report=report, word=_WORDS[report.verdict])
 
 
 def audit_as_text(report: AuditReport) -> str:

@@ -57,8 +57,7 @@ _COMPARED_ALONG = 40
 SMALLEST_RATE = 0.05
 """Below this share of steered images no attack is worth while.
 
-Nor is it far from what clean data does: among crops of ten photographs, where the same pixels recur in dozens of
-pictures, a window moved 12 % of other images and its control 7 % (`benchmarks/clean.py`).
+Nor would less be far from what clean data does, where the same pixels recur, as in overlapping crops of one photograph.
 """
 
 _KNOWN = 24
