@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from unpoison.data.views import random_views
 from unpoison.demo import embedded_digits
 from unpoison.encoders.backbones import Architecture, build_backbone
-from unpoison.pretrain.loop import METHODS, PretrainConfig, pretrain
+from unpoison.pretrain.loop import PretrainConfig, pretrain
 from unpoison.pretrain.moco_v3 import fix_patches
 from unpoison.pretrain.recipe import OPTIMISERS
 from unpoison.runtime import autocast, choose_device, choose_precision, seeded, stage_generator
@@ -291,7 +291,7 @@ def missing():
 
 
 def main():
-    options = common.parse(__doc__, seeds=[0], cases=list(METHODS))
+    options = common.parse(__doc__, seeds=[0], cases=list(MODULES))
     if line := missing():
         common.say(line)
         return 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,11 +15,13 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from safetensors import safe_open
 
 from unpoison.benchmark import cells
 from unpoison.benchmark.cells import Bench
 from unpoison.benchmark.run import expected_passes, plan_benchmark, run_benchmark
 from unpoison.benchmark.task import Cell, Task, read_task
+from unpoison.encoders.checkpoints import load_encoder
 from unpoison.errors import ConfigError, DataError
 from unpoison.report.schemas import SCHEMAS
 from unpoison.scan.config import ScanConfig
@@ -299,6 +302,45 @@ def test_a_plan_counts_what_is_left_and_writes_nothing(tiny, tmp_path):
     ] * 2  # the second is the cleaned set's encoder
     assert planned[0].passes == 60 + 2 * 30 and planned[1].passes > 60
     assert not (tmp_path / "out").exists()
+
+
+def test_i_cutmix_and_distillation_are_defences(study, tiny, tmp_path):
+    store = shutil.copytree(study[1], tmp_path / "store")
+    text = '[defence."no defence"]\nkind = "none"'
+    mixed = text.replace("no defence", "i-CutMix") + "\ni_cutmix = true"
+    student = '[defence.student]\nkind = "distill"\nepochs = 2\nbatch_size = 10'
+    vary = "vary = [{ share = 0.5 }, { share = 0.5, queues = 1 }]"
+    task = tiny("[0, 1]", "[0]", text, "\n\n".join((text, mixed, f"{student}\n{vary}")))
+    planned = plan_benchmark(task, tmp_path / "out")
+    assert [entry.training for entry in planned] == [
+        60,
+        60,
+        60,
+        60,
+        60,
+        60,
+    ]  # the victim is known to students
+    task = replace(task, cells=tuple(cell for cell in task.cells if cell.defence != "PoisonCAM"))
+    results = run_benchmark(task, tmp_path / "out", store=store, device="cpu")
+    assert len(results.rows) == 5 and not results.failed
+    settings = {cell.defence: row["settings"]["defence"] for cell, row in results.rows}
+    assert settings["i-CutMix"]["i_cutmix"] and settings["student share=0.5"]["distill"]["share"] == 0.5
+    files = {path.name: path for path in (store / "encoders").glob("*.safetensors")}
+    notes = {name: read_notes(path) for name, path in files.items()}
+    students = [said for said in notes.values() if said["method"] == "compress"]
+    victims = {load_encoder(path).fingerprint for path in files.values()}
+    assert len(students) == 2 and all(said["distilled"]["weights"] in victims for said in students)
+    assert [said["config"]["i_cutmix"] for said in notes.values()].count(True) == 1
+    # Nothing is trained twice: the students are found again.
+    trained = {path: path.stat().st_mtime_ns for path in files.values()}
+    again = run_benchmark(task, tmp_path / "again", store=store, device="cpu", fresh=True)
+    assert all(path.stat().st_mtime_ns == time for path, time in trained.items())
+    assert [row["measurements"] for _, row in again.rows] == [row["measurements"] for _, row in results.rows]
+
+
+def read_notes(path: Path) -> dict:
+    with safe_open(path, "pt") as file:
+        return {key: json.loads(value) for key, value in file.metadata().items()}
 
 
 def test_expected_passes_agree_with_the_documented_table():

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from unpoison.benchmark.images import digest
 from unpoison.benchmark.task import AttackConfig, Cell, read_task
 from unpoison.errors import ConfigError
 
@@ -97,7 +98,7 @@ def test_targets_and_triggers_follow_the_seed():
         (
             'kind = "none"',
             'kind = "hope"',
-            "defence.no defence: kind='hope': expected none or scan or clean-trained",
+            "defence.no defence: kind='hope': expected none or scan or clean-trained or distill",
         ),
         (
             'kind = "none"',
@@ -105,6 +106,23 @@ def test_targets_and_triggers_follow_the_seed():
             "no defence.window: kind = 'none' does not scan; drop it",
         ),
         ('kind = "none"', 'kind = "none"\nretrain = true', "no defence.retrain: kind = 'none' does not scan"),
+        ('kind = "none"', 'kind = "none"\nshare = 0.5', "defence.no defence.share: unknown setting"),
+        (
+            'kind = "none"',
+            'kind = "distill"\nshare = 2.0',
+            "no defence: share=2.0: expected a share in (0, 1]",
+        ),
+        ('kind = "none"', 'kind = "distill"\nwindow = 9', "defence.no defence.window: unknown setting"),
+        (
+            'kind = "none"',
+            'kind = "distill"\ni_cutmix = true',
+            "no defence: i_cutmix: expected a defence that trains on images; leave it out",
+        ),
+        (
+            "n_flips = 8",
+            "n_flips = 8\nretrain = false\ni_cutmix = true",
+            "i_cutmix: expected a defence that trains",
+        ),
         (
             "seeds = [0, 1]",
             "seeds = [0, 0]",
@@ -163,6 +181,32 @@ def test_what_is_wrong_is_said_in_one_line_with_its_place(tiny, old, new, messag
     assert "\n" not in str(caught.value)
 
 
+def test_defences_that_train_in_another_way(tiny):
+    task = tiny(
+        'kind = "none"',
+        'kind = "none"\ni_cutmix = true\n\n[defence.student]\nkind = "distill"\nqueues = 1\n'
+        "vary = [{ share = 0.5 }, { share = 0.1 }]",
+    )
+    plain, half, tenth, scan, _ = task.axes["defence"].values()
+    assert plain.config.i_cutmix and plain.config.distill is None and plain.config.measures_encoder
+    assert (half.name, half.config.distill.share, half.config.distill.queues) == ("student share=0.5", 0.5, 1)
+    victim = task.axes["victim"]["resnet"].config
+    student = tenth.config.student(victim)
+    assert (student.arch, student.width, student.share) == ("resnet10", 4, 0.1)
+    by_defence = {cell.defence: cell for cell in task.cells}
+    shown = {name: task.value(cell, "defence.share") for name, cell in by_defence.items()}
+    assert (shown[half.name], shown[tenth.name], shown[scan.name]) == (0.5, 0.1, None)
+    assert task.value(by_defence[half.name], "defence.method") == "compress"
+    assert task.value(by_defence[half.name], "defence.window") is None
+
+
+def test_settings_that_came_later_leave_the_names_of_results_alone():
+    before = {"victim": {"epochs": 1}, "defence": {"kind": "none"}}
+    now = {"victim": {"epochs": 1, "i_cutmix": False}, "defence": {"kind": "none", "distill": None}}
+    mixed = {"victim": {"epochs": 1, "i_cutmix": True}, "defence": {"kind": "none", "distill": None}}
+    assert digest(before) == digest(now) != digest(mixed)
+
+
 def test_a_missing_file_and_no_toml_are_said(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read; expected a task file"):
         read_task(tmp_path / "none.toml")
@@ -200,5 +244,8 @@ def test_every_study_is_there_at_both_scales():
         "topk",
         "targets",
         "rates",
+        "icutmix",
+        "compress",
+        "victims",
     }
     assert names == studies | {f"{name}_small" for name in studies}

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from safetensors import safe_open
 
 from unpoison.data.load import usual_side
 from unpoison.data.sources import open_source
@@ -20,6 +21,14 @@ def test_an_encoder_is_written_and_never_overwritten(run, image_folder, tmp_path
     assert done.exit_code == 2 and "exists and is not overwritten" in done.stderr
     assert run("pretrain", "simclr", image_folder, "--out", out, *TINY, "--fresh").exit_code == 0
     assert out.read_bytes() == before
+
+
+def test_i_cutmix_is_said_in_the_file(run, image_folder, tmp_path):
+    out = tmp_path / "encoder.safetensors"
+    done = run("pretrain", "byol", image_folder, "--out", out, *TINY, "--i-cutmix", "--json")
+    assert json.loads(done.stdout)["i_cutmix"] is True, done.output
+    with safe_open(out, "pt") as file:
+        assert json.loads(file.metadata()["config"])["i_cutmix"] is True
 
 
 def test_only_listed_images_are_used(run, image_folder, tmp_path):
@@ -52,9 +61,13 @@ def test_an_encoder_of_each_kind_serves_a_scan(run, picture, tmp_path, method, a
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("dino",), "method 'dino': expected moco-v2 or simclr or moco-v3 or byol"),
+        (
+            ("dino",),
+            "method 'dino': expected moco-v2 or simclr or moco-v3 or byol or simsiam or msf or rotation",
+        ),
         (("moco-v3", "--image-size", "18"), "image_size=18: vit_tiny cuts it into patches of 4 pixels"),
         (("simclr", "--epochs", "0"), "epochs=0: expected a larger whole number"),
+        (("simsiam", "--i-cutmix"), "i_cutmix: simsiam cannot mix images, expected one of moco-v2"),
         (("simclr", "--out", "encoder.pth"), "expected a name that ends in .safetensors"),
     ],
 )

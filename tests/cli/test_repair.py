@@ -4,9 +4,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from safetensors import safe_open
 
 from unpoison.data.load import fingerprint_of
 from unpoison.data.sources import open_source
+from unpoison.encoders.checkpoints import load_encoder
 
 TINY = ("--epochs", 1, "--batch-size", 4, "--width", 4, "--image-size", 16)
 
@@ -50,6 +52,55 @@ def test_an_encoder_is_trained_again_by_its_own_recipe(run, victim, scanned, ima
     assert lines[2] == (
         f"before: unpoison evaluate {victim} --train LABELLED --test LABELLED --plan plan.json"
     )
+
+
+def test_i_cutmix_alone_leaves_nothing_out(run, victim, image_folder, tmp_path):
+    out = tmp_path / "mixed.safetensors"
+    done = run("repair", "retrain", victim, image_folder, "--out", out, "--i-cutmix", "--json")
+    assert done.exit_code == 0, done.output
+    said = json.loads(done.stdout)
+    assert (said["i_cutmix"], said["n_images"], said["n_left_out"]) == (True, 6, 0)
+    done = run("repair", "retrain", victim, image_folder, "--out", out, "--i-cutmix", "--fresh")
+    assert done.stdout.startswith("simclr resnet10 again, i-CutMix, seed 3, on 6 images of 16 px")
+
+
+def test_a_student_is_distilled_and_names_its_teacher(run, victim, image_folder, tmp_path):
+    out = tmp_path / "student.safetensors"
+    command = ("repair", "distill", victim, image_folder, "--out", out, "--epochs", 2, "--batch-size", 2)
+    done = run(*command, "--share", 0.5, "--json")
+    assert done.exit_code == 0, done.output
+    said, teacher = json.loads(done.stdout), load_encoder(victim, device="cpu")
+    assert (said["n_images"], said["share"], said["queues"], said["arch"]) == (3, 0.5, 2, "resnet10")
+    assert said["distilled_from"] == str(victim) and said["teacher_fingerprint"] == teacher.fingerprint
+    with safe_open(out, "pt") as file:
+        notes = {key: json.loads(value) for key, value in file.metadata().items()}
+    assert notes["distilled"] == {"teacher": teacher.name, "weights": teacher.fingerprint, "n_images": 3}
+    assert (notes["method"], notes["config"]["share"], notes["config"]["width"]) == ("compress", 0.5, 4)
+    before = out.read_bytes()
+    done = run(*command, "--share", 0.5)
+    assert done.exit_code == 2 and "exists and is not overwritten" in done.stderr
+    done = run(*command, "--share", 0.5, "--fresh")
+    assert done.stdout.startswith("resnet10 distilled from victim.safetensors") and out.read_bytes() == before
+    # A student says how it came about, and that is no recipe for images alone.
+    done = run("repair", "retrain", out, image_folder, "--out", tmp_path / "c.safetensors")
+    assert done.exit_code == 2 and "does not say how it was trained" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--share", 1.5), "share=1.5: expected a share in (0, 1]"),
+        (("--queues", 3), "queues=3: expected 1 or 2"),
+        (("--out", "VICTIM", "--fresh"), "is the encoder to replace, which is kept"),
+        (("--image-size", 32), "but the file says 16"),
+    ],
+)
+def test_a_wrong_distillation_is_one_line(run, victim, image_folder, tmp_path, options, message):
+    options = [victim if option == "VICTIM" else option for option in options]
+    out = () if "--out" in options else ("--out", tmp_path / "student.safetensors")
+    done = run("repair", "distill", victim, image_folder, *out, *options, "--quiet")
+    assert done.exit_code == 2 and message in done.stderr and done.stderr.count("\n") == 1
+    assert done.stdout == "" and not (tmp_path / "student.safetensors").exists()
 
 
 def test_a_file_of_others_takes_its_recipe_from_options(run, scanned, image_folder, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -51,7 +53,7 @@ def test_the_loss_agrees_with_lightly() -> None:
 def module() -> BYOL:
     torch.manual_seed(0)
     backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.BatchNorm1d(6))
-    return BYOL(backbone, 6, momentum=0.5, hidden=8, out=4)
+    return BYOL(backbone, 6, replace(BYOL.RECIPE, key_momentum=0.5, head_hidden=8, head_out=4))
 
 
 def views() -> tuple[Tensor, Tensor]:

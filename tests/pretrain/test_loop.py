@@ -120,7 +120,7 @@ def test_a_foreign_torch_file_is_refused_as_state(images: ImageSet, tmp_path: Pa
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_loss_goes_down_and_the_encoder_is_ready(method: str, images: ImageSet) -> None:
-    rate = {"sgd": 1.0, "adamw": 0.02}[METHODS[method].RECIPE.optimiser]
+    rate = 3.0 if method == "simsiam" else {"sgd": 1.0, "adamw": 0.02}[METHODS[method].RECIPE.optimiser]
     trained = train(images, replace(TINY, method=method, epochs=10, learning_rate=rate))
     assert len(trained.losses) == 10
     assert trained.losses[-1] < trained.losses[1] - 0.1  # in MoCo's first epoch the queue is still noise
@@ -185,6 +185,21 @@ def test_a_second_kind_of_views_is_used(images: ImageSet) -> None:
     assert same(train(images), train(images, replace(TINY, second_views=TINY.views)))
 
 
+@pytest.mark.parametrize("method", [name for name, kind in METHODS.items() if kind.MIXES])
+def test_training_with_i_cutmix_is_another_training_that_goes_on_too(
+    method: str, images: ImageSet, tmp_path: Path
+) -> None:
+    config = replace(TINY, method=method, epochs=2, i_cutmix=True)
+    whole = train(images, config)
+    assert whole.config.i_cutmix and not same(whole, train(images, replace(config, i_cutmix=False)))
+    state = tmp_path / "state.pt"
+    with pytest.raises(KilledError):
+        train(images, config, checkpoint=state, progress=kill_at(48 + 16))
+    with pytest.raises(ConfigError, match="belongs to a run with other settings"):
+        train(images, replace(config, i_cutmix=False), checkpoint=state)
+    assert same(whole, train(images, config, checkpoint=state))
+
+
 def test_patches_stay_as_they_were_drawn(images: ImageSet) -> None:
     short, long = (train(images, replace(TINY, method="moco-v3", epochs=n)) for n in (1, 3))
     a, b = weights(short), weights(long)
@@ -230,7 +245,10 @@ def test_the_result_names_the_resolved_settings(images: ImageSet) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"method": "dino"}, "method 'dino': expected moco-v2 or simclr or moco-v3 or byol"),
+        (
+            {"method": "dino"},
+            "method 'dino': expected moco-v2 or simclr or moco-v3 or byol or simsiam or msf or rotation",
+        ),
         ({"epochs": 0}, "epochs=0: expected a larger whole number"),
         ({"batch_size": 1}, "batch_size=1: expected a larger whole number"),
         ({"queue_size": 0}, "queue_size=0: expected a larger whole number"),
@@ -244,6 +262,14 @@ def test_the_result_names_the_resolved_settings(images: ImageSet) -> None:
         ({"optimiser": "lars"}, "optimiser 'lars': expected sgd or adamw"),
         ({"method": "byol", "temperature": 0.2}, "temperature=0.2: byol has no such setting; leave it out"),
         ({"method": "simclr", "key_momentum": 0.9}, "key_momentum=0.9: simclr has no such setting; leave it"),
+        (
+            {"method": "rotation", "temperature": 0.2},
+            "temperature=0.2: rotation has no such setting; leave it",
+        ),
+        (
+            {"method": "msf", "i_cutmix": True},
+            "i_cutmix: msf cannot mix images, expected one of moco-v2, simclr, moco-v3, byol; leave it out",
+        ),
     ],
 )
 def test_settings_out_of_range_are_refused(wrong: dict[str, object], message: str) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from unpoison.pretrain.moco import MoCoV2, info_nce
+from unpoison.pretrain.recipe import Recipe
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -39,7 +40,8 @@ def test_info_nce_agrees_with_its_twin(temperature: float) -> None:
 def module(queue_size: int = 8, momentum: float = 0.9) -> MoCoV2:
     torch.manual_seed(0)
     backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.BatchNorm1d(6))
-    return MoCoV2(backbone, 6, temperature=0.2, momentum=momentum, queue_size=queue_size, hidden=8, out=4)
+    recipe = Recipe(temperature=0.2, key_momentum=momentum, queue_size=queue_size, head_hidden=8, head_out=4)
+    return MoCoV2(backbone, 6, recipe)
 
 
 def step(moco: MoCoV2, seed: int, n: int = 3) -> Tensor:
@@ -55,20 +57,20 @@ def step(moco: MoCoV2, seed: int, n: int = 3) -> Tensor:
 
 def test_the_queue_is_a_ring_that_drops_the_oldest_keys() -> None:
     moco = module(queue_size=8)
-    expected = list(moco.queue.clone())
+    expected = list(moco.queue.rows.clone())
     position = 0
     for seed in range(7):
         for key in step(moco, seed):  # the slow twin: one key after the other
             expected[position % 8] = key
             position += 1
-        torch.testing.assert_close(moco.queue, torch.stack(expected))
-        assert int(moco.position) == position % 8
+        torch.testing.assert_close(moco.queue.rows, torch.stack(expected))
+        assert int(moco.queue.position) == position % 8
 
 
 def test_a_batch_larger_than_the_queue_fills_it() -> None:
     moco = module(queue_size=2)
     key = step(moco, 0, n=5)
-    torch.testing.assert_close(moco.queue, key[:2])
+    torch.testing.assert_close(moco.queue.rows, key[:2])
 
 
 def test_the_key_network_is_the_moving_average_of_the_query_network() -> None:
@@ -104,4 +106,4 @@ def test_the_loss_is_info_nce_against_the_queue_before_the_step() -> None:
     first, second = (torch.randn(4, 3, 2, 2, generator=generator(s)) for s in (1, 2))
     query = normalize(moco.projector(moco.backbone(first)), dim=1)
     key = normalize(moco.key_projector(moco.key_backbone(second)), dim=1)
-    torch.testing.assert_close(moco(first, second), info_nce(query, key, moco.queue, 0.2))
+    torch.testing.assert_close(moco(first, second), info_nce(query, key, moco.queue.rows, 0.2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -107,7 +108,7 @@ def test_a_network_without_patches_is_left_as_it_is() -> None:
 def module() -> MoCoV3:
     torch.manual_seed(0)
     backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.BatchNorm1d(6))
-    return MoCoV3(backbone, 6, temperature=0.2, momentum=0.5, hidden=8, out=4)
+    return MoCoV3(backbone, 6, replace(MoCoV3.RECIPE, key_momentum=0.5, head_hidden=8, head_out=4))
 
 
 def views() -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from unpoison.pretrain.recipe import Recipe
 from unpoison.pretrain.simclr import SimCLR, nt_xent
 
 
@@ -44,7 +45,7 @@ def test_equal_views_that_differ_from_all_others_cost_least() -> None:
 
 def test_the_module_compares_the_projections_of_both_views() -> None:
     backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 6))
-    module = SimCLR(backbone, 6, temperature=0.3, hidden=8, out=4).eval()
+    module = SimCLR(backbone, 6, Recipe(temperature=0.3, head_hidden=8, head_out=4)).eval()
     first, second = (torch.randn(3, 3, 2, 2, generator=generator(s)) for s in (1, 2))
     one, two = (module.projector(backbone(v)) for v in (first, second))
     torch.testing.assert_close(module(first, second), nt_xent(one, two, 0.3))

@@ -131,6 +131,22 @@ def test_what_would_be_the_victim_again_is_refused(
     assert not out.exists()
 
 
+def test_i_cutmix_alone_is_a_change(victim: Path, scanned: Path, image_folder: Path, tmp_path: Path) -> None:
+    recipe, out = read_recipe(victim), tmp_path / "mixed.safetensors"
+    done = retrain(recipe, image_folder, out, i_cutmix=True, **ON)
+    assert done.left_out == () and done.kept == 6
+    assert read_recipe(out).config == dataclasses.replace(recipe.config, i_cutmix=True)
+    assert metadata(out)["config"]["i_cutmix"] is True and metadata(victim)["config"]["i_cutmix"] is False
+    assert done.trained.fingerprint == recipe.fingerprint
+    both = retrain(recipe, image_folder, tmp_path / "both.safetensors", run=scanned, i_cutmix=True, **ON)
+    assert both.left_out == ("dog/1.png",) and both.trained.config.i_cutmix
+    with pytest.raises(ConfigError, match="was trained on exactly these 6 images"):
+        retrain(read_recipe(out), image_folder, tmp_path / "again.safetensors", i_cutmix=True, **ON)
+    rotation = dataclasses.replace(recipe, config=dataclasses.replace(CONFIG, method="rotation"))
+    with pytest.raises(ConfigError, match="i_cutmix: rotation cannot mix images"):
+        retrain(rotation, image_folder, tmp_path / "rotation.safetensors", i_cutmix=True, **ON)
+
+
 def test_a_victim_of_other_images_is_told_apart(
     victim: Path, scanned: Path, image_folder: Path, tmp_path: Path
 ) -> None:

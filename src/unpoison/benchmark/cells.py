@@ -40,6 +40,7 @@ from unpoison.evaluate.truth import Truth, read_truth
 from unpoison.pipeline import scan
 from unpoison.pretrain.loop import PretrainConfig, pretrain
 from unpoison.records import ImageSet, ScanResult
+from unpoison.repair.distillation import DistillConfig, distill
 from unpoison.runtime import Progress, silent
 
 __all__ = ["Bench", "Row", "machine", "measure_scan", "probe_rows", "source_digest", "versions"]
@@ -201,17 +202,24 @@ class Bench:
 
     def _measure(self, cell: Cell, seconds: dict[str, float], progress: Progress) -> list[Row]:
         defence, recipe = self._defence(cell), self._victim(cell)
+        measured = replace(recipe, i_cutmix=True) if defence.i_cutmix else recipe
         train, test = self._splits(cell, progress)
         triggers = make_triggers(self.attack(cell), train.class_names)
         if defence.kind == "clean-trained":
             control = self._train(
-                self._train_key(cell, train), train.images, recipe, cell.seed, seconds, progress
+                self._train_key(cell, train), train.images, measured, cell.seed, seconds, progress
             )
             return self._probe(control, train, test, triggers, cell, seconds, progress)
         planted = self._plant(cell, train)
-        victim = self._train(planted.key, planted.images, recipe, cell.seed, seconds, progress)
         if defence.kind == "none":
-            return self._probe(victim, train, test, triggers, cell, seconds, progress)
+            encoder = self._train(planted.key, planted.images, measured, cell.seed, seconds, progress)
+            return self._probe(encoder, train, test, triggers, cell, seconds, progress)
+        victim = self._train(planted.key, planted.images, recipe, cell.seed, seconds, progress)
+        if defence.kind == "distill":
+            content = self._train_key(cell, train)
+            config = defence.student(recipe)
+            encoder = self._train(content, train.images, config, cell.seed, seconds, progress, teacher=victim)
+            return self._probe(encoder, train, test, triggers, cell, seconds, progress)
         result = self._scan(planted.images, victim, defence, cell.seed, progress)
         seconds["scan"] = float(result.summary["seconds"])
         rows = measure_scan(result, planted.plan, victim)
@@ -220,7 +228,7 @@ class Bench:
             kept = [row for row, id_ in enumerate(planted.images.ids) if id_ not in flagged]
             left = digest([planted.key, "without", sorted(flagged)]) if flagged else planted.key
             cleaned = replace(planted.images.select(kept), fingerprint=left)
-            encoder = self._train(left, cleaned, recipe, cell.seed, seconds, progress)
+            encoder = self._train(left, cleaned, measured, cell.seed, seconds, progress)
             rows += self._probe(encoder, train, test, triggers, cell, seconds, progress)
         return rows
 
@@ -249,24 +257,33 @@ class Bench:
         seed: int,
         seconds: dict[str, float],
         progress: Progress,
+        *,
+        teacher: Encoder | None = None,
     ) -> Encoder:
         """An encoder, from the store when it is there; its training resumes after a kill."""
-        key = self.encoder_key(content, recipe, seed)
+        of = content if teacher is None else digest([content, "distilled from", teacher.fingerprint])
+        key = self.encoder_key(of, recipe, seed)
         path = self.store / "encoders" / f"{key}.safetensors"
         note = path.with_suffix(".json")
         if not (path.exists() and note.exists()):
             path.parent.mkdir(parents=True, exist_ok=True)
             started = time.perf_counter()
-            trained = pretrain(
-                replace(images, fingerprint=content),
-                recipe,
-                seed=seed,
-                device=self.device,
-                precision=self.precision,
-                checkpoint=path.with_suffix(".training"),
-                progress=progress,
-            )
-            save_encoder(trained, path)
+            shown, state = replace(images, fingerprint=content), path.with_suffix(".training")
+            if teacher is None:
+                trained = pretrain(
+                    shown,
+                    recipe,
+                    seed=seed,
+                    device=self.device,
+                    precision=self.precision,
+                    checkpoint=state,
+                    progress=progress,
+                )
+                save_encoder(trained, path)
+            else:
+                assert isinstance(recipe, DistillConfig), "a student has settings of its own"
+                trained = distill(teacher, shown, recipe, seed=seed, checkpoint=state, progress=progress)
+                save_encoder(trained, path, distilled={"weights": teacher.fingerprint})
             write_json_atomically(
                 note,
                 {"seconds": round(time.perf_counter() - started, 1), "losses": list(trained.losses)},

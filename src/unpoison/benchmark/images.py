@@ -55,13 +55,28 @@ class Chosen:
     signature: str
 
 
-def digest(value: Any) -> str:
-    """20 hex digits that stand for a plain value.
+_LATER = {"i_cutmix": False, "distill": None}
+"""Settings that came after the first results, and the value that leaves everything as it was."""
 
-    >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+
+def digest(value: Any) -> str:
+    """20 hex digits that stand for a plain value; settings that came later count only where they change something.
+
+    >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1, "i_cutmix": False})
     True
     """
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:20]
+    text = json.dumps(_without_later(value), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+def _without_later(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {
+            key: _without_later(part)
+            for key, part in value.items()
+            if key not in _LATER or part != _LATER[key]
+        }
+    return [_without_later(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def data_root() -> Path:

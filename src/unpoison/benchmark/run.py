@@ -127,7 +127,7 @@ def plan_benchmark(task: Task, out: str | Path, *, store: str | Path | None = No
     """
     bench = Bench(task, Path(out if store is None else store))
     planned = []
-    trained: set[str] = set()
+    trained: set[tuple[object, ...]] = set()
     for cell in task.cells:
         key = bench.key(cell, may_decode=False)
         done = bench.find(key) is not None
@@ -137,18 +137,24 @@ def plan_benchmark(task: Task, out: str | Path, *, store: str | Path | None = No
         n_images, n_test = len(chosen.train), len(chosen.test)
         clean = defence.kind == "clean-trained"
         # The attack is part of a victim, not of the control; names serve here, since nothing is decoded.
-        names = [("", cell.data, "" if clean else cell.attack, cell.victim, cell.seed)]
-        if defence.kind == "scan" and defence.retrain:
-            names.append((cell.defence, cell.data, cell.attack, cell.victim, cell.seed))
+        known = (cell.data, "" if clean else cell.attack, cell.victim, cell.seed)
+        trains = {("", *known): recipe.epochs * n_images}  # what is trained, and how many images that shows
+        if defence.distill is not None:
+            student = defence.distill
+            trains[cell.defence, *known] = student.epochs * int(student.share * n_images)
+        elif defence.kind == "scan" and defence.retrain:
+            trains[cell.defence, *known] = recipe.epochs * n_images
+        elif defence.i_cutmix:
+            trains = {("i-CutMix", *known): recipe.epochs * n_images}
         training = 0
-        for name in names:
-            if repr(name) not in trained and not done:
-                trained.add(repr(name))
-                training += recipe.epochs * n_images
+        for name, shown in trains.items():
+            if name not in trained and not done:
+                trained.add(name)
+                training += shown
         passes = 0
         if defence.kind == "scan":
             passes += expected_passes(defence.scan, n_images, task.axes["data"][cell.data].config.size)
-        if task.evaluate.encoders and not (defence.kind == "scan" and not defence.retrain):
+        if task.evaluate.encoders and defence.measures_encoder:
             n_triggers = len(bench.attack(cell).triggers)
             passes += int(task.evaluate.labelled * n_images) + n_test * (1 + n_triggers)
         planned.append(PlannedCell(cell, done, training, 0 if done else passes))

@@ -22,6 +22,7 @@ from unpoison.benchmark.measures import MeasureName, nearest, read_measure
 from unpoison.data.views import ViewConfig
 from unpoison.errors import ConfigError
 from unpoison.pretrain.loop import PretrainConfig
+from unpoison.repair.distillation import DistillConfig
 from unpoison.scan.config import ScanConfig
 
 __all__ = [
@@ -163,7 +164,7 @@ class AttackConfig:
         )
 
 
-KINDS = ("none", "scan", "clean-trained")
+KINDS = ("none", "scan", "clean-trained", "distill")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,18 +173,39 @@ class DefenceConfig:
 
     Attributes:
         kind: `none` measures the victim; `scan` scans with it; `clean-trained` measures an encoder trained on the
-            images before the attack, which no defence can beat.
+            images before the attack, which no defence can beat; `distill` measures a student of the victim that sees
+            a share of those.
         retrain: after a scan: remove the flagged images, train again with the victim's recipe, and measure that.
+        i_cutmix: the encoder that is measured is trained with i-CutMix; the victim that scans is not.
         scan: settings of the scan.
+        distill: settings of the student; its network is the victim's where they do not say. None unless distilled.
     """
 
     kind: str = "scan"
     retrain: bool = True
+    i_cutmix: bool = False
     scan: ScanConfig = field(default_factory=ScanConfig)
+    distill: DistillConfig | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ConfigError(f"kind={self.kind!r}: expected {' or '.join(KINDS)}")
+        if self.i_cutmix and (self.kind == "distill" or not self.retrain):
+            raise ConfigError("i_cutmix: expected a defence that trains on images; leave it out")
+
+    @property
+    def measures_encoder(self) -> bool:
+        """Whether an encoder comes of it, beside the victim."""
+        return self.kind != "scan" or self.retrain
+
+    def student(self, victim: PretrainConfig) -> DistillConfig:
+        """The settings of the student of a victim, whose network it has where nothing else is said."""
+        assert self.distill is not None, "a defence that distils has them"
+        if self.distill.arch is not None:
+            return self.distill
+        return replace(
+            self.distill, arch=victim.recipe.arch, width=victim.width, stem_stride=victim.stem_stride
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -423,16 +445,25 @@ def _victim(settings: dict[str, Any], where: str) -> PretrainConfig:
 
 
 def _defence(settings: dict[str, Any], where: str) -> DefenceConfig:
-    own = {key: value for key, value in settings.items() if key in ("kind", "retrain")}
-    scan = {key: value for key, value in settings.items() if key not in own}
-    known = [entry.name for entry in fields(ScanConfig)]
-    _only_known(settings, ("kind", "retrain", *known), where)
+    own = {key: value for key, value in settings.items() if key in _OWN_OF_DEFENCE}
+    others = {key: value for key, value in settings.items() if key not in own}
+    known = [entry.name for entry in fields(DistillConfig if own.get("kind") == "distill" else ScanConfig)]
+    _only_known(settings, (*_OWN_OF_DEFENCE, *known), where)
     config = _configured(DefenceConfig, own, where)
-    if config.kind != "scan":
-        for key in (*scan, *(key for key in own if key == "retrain")):
-            raise ConfigError(f"{where}.{key}: kind = {config.kind!r} does not scan; drop it")
-        return config
-    return DefenceConfig(kind="scan", retrain=config.retrain, scan=_configured(ScanConfig, scan, where))
+    if config.kind == "scan":
+        scan = _configured(ScanConfig, others, where)
+        if scan.by_detector:
+            raise ConfigError(
+                f"{where}.method: {scan.method} needs other images to come to a verdict; expected a patch search"
+            )
+        return replace(config, scan=scan)
+    if "retrain" in own:
+        raise ConfigError(f"{where}.retrain: kind = {config.kind!r} does not scan; drop it")
+    if config.kind == "distill":
+        return replace(config, distill=_configured(DistillConfig, others, where))
+    for key in others:
+        raise ConfigError(f"{where}.{key}: kind = {config.kind!r} does not scan; drop it")
+    return config
 
 
 def _cells(
@@ -556,17 +587,22 @@ def _check_key(key: str, axes: Mapping[str, Mapping[str, Item]], where: str) -> 
             raise ConfigError(f"{where}: unknown setting {key!r}{nearest(setting, known)}")
 
 
+_OWN_OF_DEFENCE = ("kind", "retrain", "i_cutmix")
+
+
 def _setting_names(axis: str) -> list[str]:
     if axis == "defence":
-        return ["kind", "retrain", *(entry.name for entry in fields(ScanConfig))]
+        names = (entry.name for config in (ScanConfig, DistillConfig) for entry in fields(config))
+        return [*_OWN_OF_DEFENCE, *dict.fromkeys(names)]
     config: Any = {"data": DataConfig, "attack": AttackConfig, "victim": PretrainConfig}[axis]
     return [entry.name for entry in fields(config)]
 
 
 def _default(axis: str, item: Item, setting: str) -> Any:
     holder = item.config
-    if axis == "defence" and setting not in ("kind", "retrain"):
-        holder = holder.scan
+    if axis == "defence" and setting not in _OWN_OF_DEFENCE:
+        holder = holder.distill or holder.scan
+        return getattr(holder, setting, None)  # a student has no window, a scan no share
     return getattr(holder, setting)
 
 

@@ -63,6 +63,10 @@ def pretrain(
         float | None,
         typer.Option(help="For a batch of 256; scales with it; default: the method's own."),
     ] = _DEFAULT.learning_rate,
+    i_cutmix: Annotated[
+        bool,
+        typer.Option("--i-cutmix", help="Mix boxes of other images into the views; MoCo, BYOL and SimCLR."),
+    ] = _DEFAULT.i_cutmix,
     only: Only = None,
     root: Root = None,
     follow_links: FollowLinks = False,
@@ -89,6 +93,7 @@ def pretrain(
         epochs=epochs,
         batch_size=batch_size,
         learning_rate=learning_rate,
+        i_cutmix=i_cutmix,
     )
     if out.exists() and not fresh:
         raise ConfigError(f"{out} exists and is not overwritten: name another --out, or add --fresh")
@@ -122,6 +127,7 @@ def pretrain(
         "n_images": len(pixels),
         "n_skipped": len(pixels.skipped),
         "epochs": epochs,
+        "i_cutmix": i_cutmix,
         "loss": trained.losses[-1],
         "seed": seed,
         "fingerprint": trained.fingerprint,

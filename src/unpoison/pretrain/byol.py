@@ -8,13 +8,14 @@ Paper: Grill et al., "Bootstrap Your Own Latent", NeurIPS 2020.
 
 from __future__ import annotations
 
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unpoison.pretrain.heads import projection_head
+from unpoison.pretrain.i_cutmix import UNMIXED, Mixtures
 from unpoison.pretrain.moving_average import follow, follower, rising_momentum
 from unpoison.pretrain.recipe import Recipe
 
@@ -44,41 +45,35 @@ class BYOL(nn.Module):
     Args:
         backbone: (N, 3, S, S) normalised images to (N, `feature_size`).
         feature_size: D of the backbone.
-        momentum: of the moving average that makes the target network, at the start; it rises to 1.
-        hidden, out: sizes of projection and prediction head.
+        recipe: momentum of the moving average that makes the target network, at the start (it rises to 1); sizes of
+            projection and prediction head.
     """
 
     RECIPE: ClassVar[Recipe] = Recipe(key_momentum=0.99)
+    MIXES: ClassVar[bool] = True
 
-    def __init__(
-        self, backbone: nn.Module, feature_size: int, *, momentum: float, hidden: int, out: int
-    ) -> None:
+    def __init__(self, backbone: nn.Module, feature_size: int, recipe: Recipe) -> None:
         super().__init__()
+        assert recipe.key_momentum is not None, "BYOL's own recipe has it"
         self.backbone = backbone
-        self.projector = projection_head(feature_size, hidden, out)
-        self.predictor = projection_head(out, hidden, out)
+        self.projector = projection_head(feature_size, recipe.head_hidden, recipe.head_out)
+        self.predictor = projection_head(recipe.head_out, recipe.head_hidden, recipe.head_out)
         self.target_backbone = follower(backbone)
         self.target_projector = follower(self.projector)
-        self.momentum = momentum
+        self.momentum = recipe.key_momentum
 
-    @classmethod
-    def from_recipe(cls, backbone: nn.Module, feature_size: int, recipe: Recipe) -> Self:
-        """The module as `recipe` asks for it."""
-        assert recipe.key_momentum is not None, "BYOL's own recipe has it"
-        return cls(
-            backbone,
-            feature_size,
-            momentum=recipe.key_momentum,
-            hidden=recipe.head_hidden,
-            out=recipe.head_out,
-        )
-
-    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+    def forward(self, first: Tensor, second: Tensor, mixtures: Mixtures = UNMIXED) -> Tensor:
         """The symmetric loss of a batch of two normalised views, (N, 3, S, S) each."""
-        one, two = (self.predictor(self.projector(self.backbone(view))) for view in (first, second))
+        mixture_one, mixture_two = mixtures
+        one, two = (
+            self.predictor(self.projector(self.backbone(mixture.mix(view))))
+            for view, mixture in ((first, mixture_one), (second, mixture_two))
+        )
         with torch.no_grad():
             to_one, to_two = (self.target_projector(self.target_backbone(view)) for view in (second, first))
-        return prediction_error(one, to_one) + prediction_error(two, to_two)
+        return mixture_one.loss(lambda target: prediction_error(one, target), to_one) + mixture_two.loss(
+            lambda target: prediction_error(two, target), to_two
+        )
 
     def after_step(self, done: float) -> None:
         """Move the target network towards the online network."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import ClassVar, Protocol, Self, cast
@@ -18,15 +18,19 @@ from torch import Tensor, nn
 
 from unpoison.data.views import ViewConfig, random_views
 from unpoison.encoders.backbones import Architecture, build_backbone
-from unpoison.encoders.checkpoints import unpickle_restricted
 from unpoison.encoders.encoder import Encoder, Preprocessing
+from unpoison.encoders.weights import unpickle_restricted
 from unpoison.errors import CheckpointError, ConfigError, NothingToScanError, NoVerdictError
 from unpoison.pretrain.byol import BYOL
 from unpoison.pretrain.collapse import measure_diversity
+from unpoison.pretrain.i_cutmix import Mixtures, draw_mixture
 from unpoison.pretrain.moco import MoCoV2
 from unpoison.pretrain.moco_v3 import MoCoV3
+from unpoison.pretrain.msf import MSF
 from unpoison.pretrain.recipe import OPTIMISERS, Recipe
+from unpoison.pretrain.rotation import Rotation
 from unpoison.pretrain.simclr import SimCLR
+from unpoison.pretrain.simsiam import SimSiam
 from unpoison.records import Geometry, ImageSet
 from unpoison.runtime import (
     Progress,
@@ -38,27 +42,37 @@ from unpoison.runtime import (
     stage_generator,
 )
 
-__all__ = ["METHODS", "PretrainConfig", "TrainedEncoder", "pretrain"]
+__all__ = ["METHODS", "Method", "PretrainConfig", "TrainedEncoder", "pretrain", "train"]
 
 
-class _Method(Protocol):
+class Method(Protocol):
     """What the loop asks of a method's module."""
 
     RECIPE: ClassVar[Recipe]
+    MIXES: ClassVar[bool]  # whether it takes the mixtures of i-CutMix
     backbone: nn.Module
 
-    @classmethod
-    def from_recipe(cls, backbone: nn.Module, feature_size: int, recipe: Recipe) -> Self:
-        """The module around a backbone with `feature_size` features."""
-
-    def __call__(self, first: Tensor, second: Tensor) -> Tensor:
+    def __call__(self, first: Tensor, second: Tensor, *mixtures: Mixtures) -> Tensor:
         """The loss of a batch of two normalised views."""
 
     def after_step(self, done: float) -> None:
         """What follows a step of the optimiser; `done` is the share of all steps, (0, 1]."""
 
 
-METHODS: dict[str, type[_Method]] = {"moco-v2": MoCoV2, "simclr": SimCLR, "moco-v3": MoCoV3, "byol": BYOL}
+class _Kind(Method, Protocol):
+    def __init__(self, backbone: nn.Module, feature_size: int, recipe: Recipe) -> None:
+        """The module around a backbone with `feature_size` features."""
+
+
+METHODS: dict[str, type[_Kind]] = {
+    "moco-v2": MoCoV2,
+    "simclr": SimCLR,
+    "moco-v3": MoCoV3,
+    "byol": BYOL,
+    "simsiam": SimSiam,
+    "msf": MSF,
+    "rotation": Rotation,
+}
 """Name to what is trained; a method is added here."""
 
 
@@ -77,14 +91,17 @@ class PretrainConfig:
         weight_decay: of kernels and matrices.
         warmup_epochs: the rate rises linearly for so long, at most half of the training, then falls as a cosine to
             zero.
-        temperature: of the contrastive loss; BYOL has none.
-        key_momentum: of the moving average that makes MoCo's keys and BYOL's targets; it rises to 1 but for MoCo v2.
-            SimCLR has none.
-        queue_size: of MoCo v2 alone; lowered to half of the images.
+        temperature: of the contrastive loss; BYOL, SimSiam, MSF and rotation have none.
+        key_momentum: of the moving average that makes MoCo's keys, and BYOL's and MSF's targets; it rises to 1 but
+            for MoCo v2 and MSF. SimCLR, SimSiam and rotation have none.
+        queue_size: of MoCo v2 and MSF; lowered to half of the images.
         head_hidden, head_out: sizes of the heads.
         views: strengths of the augmentation.
         second_views: of the second view, where it differs.
+        i_cutmix: mix boxes of other images into the views, see `pretrain.i_cutmix`; for MoCo, BYOL and SimCLR.
     """
+
+    KINDS: ClassVar[Mapping[str, type[Method]]] = METHODS
 
     method: str = "moco-v2"
     arch: str | None = None
@@ -104,10 +121,11 @@ class PretrainConfig:
     head_out: int | None = None
     views: ViewConfig = field(default_factory=ViewConfig)
     second_views: ViewConfig | None = None
+    i_cutmix: bool = False
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ConfigError(f"method {self.method!r}: expected {' or '.join(METHODS)}")
+        if self.method not in self.KINDS:
+            raise ConfigError(f"method {self.method!r}: expected {' or '.join(self.KINDS)}")
         if self.optimiser not in (*OPTIMISERS, None):
             raise ConfigError(f"optimiser {self.optimiser!r}: expected {' or '.join(OPTIMISERS)}")
         least = {"epochs": 1, "batch_size": 2, "queue_size": 1, "head_hidden": 1, "head_out": 2}
@@ -124,8 +142,13 @@ class PretrainConfig:
             if not 0 <= value < 1:
                 raise ConfigError(f"{name}={value}: expected a number in [0, 1)")
         for name, value in self._given("temperature", "key_momentum"):
-            if getattr(METHODS[self.method].RECIPE, name) is None:
+            if getattr(self.KINDS[self.method].RECIPE, name) is None:
                 raise ConfigError(f"{name}={value}: {self.method} has no such setting; leave it out")
+        if self.i_cutmix and not self.KINDS[self.method].MIXES:
+            able = ", ".join(name for name, kind in METHODS.items() if kind.MIXES)
+            raise ConfigError(
+                f"i_cutmix: {self.method} cannot mix images, expected one of {able}; leave it out"
+            )
 
     def _given(self, *names: str) -> Iterator[tuple[str, float]]:
         """Those of these settings that are not left to the method."""
@@ -137,9 +160,9 @@ class PretrainConfig:
     def recipe(self) -> Recipe:
         """The method's own recipe, with what is given here in its place."""
         given = {f.name: getattr(self, f.name) for f in fields(Recipe) if getattr(self, f.name) is not None}
-        return replace(METHODS[self.method].RECIPE, **given)
+        return replace(self.KINDS[self.method].RECIPE, **given)
 
-    def resolve(self) -> PretrainConfig:
+    def resolve(self) -> Self:
         """The same settings, with None only where the method has no such setting."""
         return replace(self, **asdict(self.recipe), second_views=self.second_views or self.views)
 
@@ -190,12 +213,55 @@ def pretrain(
         ConfigError: the checkpoint belongs to another run.
         NoVerdictError: after an epoch, the loss is no number, or the features collapsed to one point or one line.
     """
+    return train(
+        images,
+        config,
+        METHODS[config.method],
+        seed=seed,
+        device=device,
+        precision=precision,
+        checkpoint=checkpoint,
+        progress=progress,
+    )
+
+
+def train(
+    images: ImageSet,
+    config: PretrainConfig,
+    kind: Callable[[nn.Module, int, Recipe], Method],
+    *,
+    seed: int,
+    preprocessing: Preprocessing | None = None,
+    origin: str = "",
+    device: str | torch.device = "auto",
+    precision: str = "auto",
+    checkpoint: Path | None = None,
+    progress: Progress = silent,
+) -> TrainedEncoder:
+    """The loop itself, for any module; everything else as for `pretrain`.
+
+    Args:
+        images: see `pretrain`.
+        config: likewise.
+        kind: makes the module from a backbone, its number of features, and the recipe; may draw from torch's global
+            generator.
+        seed: see `pretrain`.
+        preprocessing: mean and standard deviation of the encoder; None measures them.
+        origin: what else the result depends on; a state with another one is refused.
+        device: see `pretrain`, as for the rest.
+        precision: likewise.
+        checkpoint: likewise.
+        progress: likewise.
+
+    Raises:
+        UnpoisonError: as `pretrain`.
+    """
     if len(images) < 2:
         raise NothingToScanError(f"pre-training needs at least 2 images, got {len(images)}")
     config, recipe = config.resolve(), config.recipe
-    on = choose_device(device)
+    on = choose_device(device) if isinstance(device, str) else device
     dtype = choose_precision(precision, on)
-    preprocessing = _measure_preprocessing(images)
+    preprocessing = preprocessing or _measure_preprocessing(images)
     architecture = Architecture(
         name=recipe.arch, image_size=images.size, width=config.width, stem_stride=config.stem_stride
     )
@@ -203,10 +269,11 @@ def pretrain(
     # A queue that holds most of the data set would hold each image's own older key as a negative.
     recipe = replace(recipe, queue_size=max(batch_size, min(recipe.queue_size, len(images) // 2)))
     with seeded(seed, "pretrain/initialisation"):
-        method = _build(architecture, METHODS[config.method], recipe)
+        method = _build(architecture, kind, recipe)
     module = cast(nn.Module, method).to(on, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimiser = OPTIMISERS[recipe.optimiser](module, recipe)
-    state = _Checkpoint(checkpoint, {"config": asdict(config), "seed": seed, "images": images.fingerprint})
+    run = {"config": asdict(config), "seed": seed, "images": images.fingerprint, "origin": origin}
+    state = _Checkpoint(checkpoint, run)
     losses = state.restore(module, optimiser)
     steps_per_epoch = len(images) // batch_size
     steps = config.epochs * steps_per_epoch
@@ -227,10 +294,15 @@ def pretrain(
                 (random_views(batch, views, generator=generator) - mean) / std
                 for views in (config.views, config.second_views or config.views)
             )
+            mixtures: tuple[Mixtures, ...] = ()
+            if config.i_cutmix:
+                one, two = (draw_mixture(batch_size, images.size, generator=generator) for _ in range(2))
+                mixtures = ((one, two),)
             with autocast(on, dtype):
                 loss = method(
                     first.contiguous(memory_format=torch.channels_last),
                     second.contiguous(memory_format=torch.channels_last),
+                    *mixtures,
                 )
             optimiser.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -267,12 +339,14 @@ def _measure_preprocessing(images: ImageSet) -> Preprocessing:
     )
 
 
-def _build(architecture: Architecture, kind: type[_Method], recipe: Recipe) -> _Method:
+def _build(
+    architecture: Architecture, kind: Callable[[nn.Module, int, Recipe], Method], recipe: Recipe
+) -> Method:
     backbone = build_backbone(architecture)
     with torch.no_grad():
         probe = torch.zeros(2, 3, architecture.image_size, architecture.image_size)
         feature_size = backbone.eval()(probe).shape[1]
-    return kind.from_recipe(backbone, feature_size, recipe)
+    return kind(backbone, feature_size, recipe)
 
 
 def _batches(n: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:

@@ -8,13 +8,15 @@ Learning", 2020. Batch shuffling is left out: on one device it cannot change any
 
 from __future__ import annotations
 
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unpoison.pretrain.heads import projection_head
+from unpoison.pretrain.i_cutmix import UNMIXED, Mixtures
+from unpoison.pretrain.memory import Queue
 from unpoison.pretrain.moving_average import follow, follower
 from unpoison.pretrain.recipe import Recipe
 
@@ -48,61 +50,34 @@ class MoCoV2(nn.Module):
     Args:
         backbone: (N, 3, S, S) normalised images to (N, `feature_size`).
         feature_size: D of the backbone.
-        temperature: T of the loss.
-        momentum: m of the moving average that makes the key network.
-        queue_size: number of old keys; rounded down to a multiple of the batch while training.
-        hidden, out: sizes of the projection head.
+        recipe: T of the loss, m of the moving average that makes the key network, number of old keys, sizes of the
+            projection head.
     """
 
     RECIPE: ClassVar[Recipe] = Recipe(temperature=0.2, key_momentum=0.99)
+    MIXES: ClassVar[bool] = True
 
-    queue: Tensor
-    position: Tensor
-
-    def __init__(
-        self,
-        backbone: nn.Module,
-        feature_size: int,
-        *,
-        temperature: float,
-        momentum: float,
-        queue_size: int,
-        hidden: int,
-        out: int,
-    ) -> None:
+    def __init__(self, backbone: nn.Module, feature_size: int, recipe: Recipe) -> None:
         super().__init__()
+        assert recipe.temperature is not None and recipe.key_momentum is not None, "its own recipe has both"
         self.backbone = backbone
-        self.projector = projection_head(feature_size, hidden, out)
+        self.projector = projection_head(feature_size, recipe.head_hidden, recipe.head_out)
         self.key_backbone = follower(backbone)
         self.key_projector = follower(self.projector)
-        self.temperature = temperature
-        self.momentum = momentum
-        self.register_buffer("queue", F.normalize(torch.randn(queue_size, out), dim=1))
-        self.register_buffer("position", torch.zeros((), dtype=torch.int64))
+        self.temperature = recipe.temperature
+        self.momentum = recipe.key_momentum
+        self.queue = Queue(recipe.queue_size, recipe.head_out)
         self._newest: Tensor | None = None
 
-    @classmethod
-    def from_recipe(cls, backbone: nn.Module, feature_size: int, recipe: Recipe) -> Self:
-        """The module as `recipe` asks for it."""
-        assert recipe.temperature is not None and recipe.key_momentum is not None, "its own recipe has both"
-        return cls(
-            backbone,
-            feature_size,
-            temperature=recipe.temperature,
-            momentum=recipe.key_momentum,
-            queue_size=recipe.queue_size,
-            hidden=recipe.head_hidden,
-            out=recipe.head_out,
-        )
-
-    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+    def forward(self, first: Tensor, second: Tensor, mixtures: Mixtures = UNMIXED) -> Tensor:
         """The loss of a batch: `first` gives the queries, `second` the keys; (N, 3, S, S) normalised views."""
-        query = F.normalize(self.projector(self.backbone(first)).float(), dim=1)
+        mixture, _ = mixtures
+        query = F.normalize(self.projector(self.backbone(mixture.mix(first))).float(), dim=1)
         with torch.no_grad():
             key = F.normalize(self.key_projector(self.key_backbone(second)).float(), dim=1)
-        loss = info_nce(query, key, self.queue.clone(), self.temperature)
         self._newest = key
-        return loss
+        old = self.queue.rows.clone()
+        return mixture.loss(lambda own: info_nce(query, own, old, self.temperature), key)
 
     @torch.no_grad()
     def after_step(self, done: float) -> None:
@@ -110,9 +85,5 @@ class MoCoV2(nn.Module):
         follow(self.key_backbone, self.backbone, self.momentum)
         follow(self.key_projector, self.projector, self.momentum)
         assert self._newest is not None, "after_step follows a forward pass"
-        n = min(len(self._newest), len(self.queue))
-        start = int(self.position)
-        rows = torch.arange(start, start + n, device=self.queue.device) % len(self.queue)
-        self.queue[rows] = self._newest[:n]
-        self.position.fill_((start + n) % len(self.queue))
+        self.queue.push(self._newest)
         self._newest = None

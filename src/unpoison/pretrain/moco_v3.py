@@ -9,7 +9,7 @@ Paper: Chen et al., "An Empirical Study of Training Self-Supervised Vision Trans
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from unpoison.errors import ConfigError
 from unpoison.pretrain.heads import normalised_head
+from unpoison.pretrain.i_cutmix import UNMIXED, Mixtures
 from unpoison.pretrain.moving_average import follow, follower, rising_momentum
 from unpoison.pretrain.recipe import Recipe
 
@@ -104,9 +105,8 @@ class MoCoV3(nn.Module):
     Args:
         backbone: (N, 3, S, S) normalised images to (N, `feature_size`); see `fix_patches` for what becomes of it.
         feature_size: D of the backbone.
-        temperature: T of the loss.
-        momentum: of the moving average that makes the key network, at the start; it rises to 1.
-        hidden, out: sizes of the projection head (three layers) and the prediction head (two).
+        recipe: T of the loss, momentum of the moving average that makes the key network, at the start (it rises to
+            1), sizes of the projection head (three layers) and the prediction head (two).
     """
 
     RECIPE: ClassVar[Recipe] = Recipe(
@@ -118,46 +118,33 @@ class MoCoV3(nn.Module):
         temperature=0.2,
         key_momentum=0.99,
     )
+    MIXES: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        backbone: nn.Module,
-        feature_size: int,
-        *,
-        temperature: float,
-        momentum: float,
-        hidden: int,
-        out: int,
-    ) -> None:
+    def __init__(self, backbone: nn.Module, feature_size: int, recipe: Recipe) -> None:
         super().__init__()
+        assert recipe.temperature is not None and recipe.key_momentum is not None, "its own recipe has both"
         fix_patches(backbone)
+        hidden, out = recipe.head_hidden, recipe.head_out
         self.backbone = backbone
         self.projector = normalised_head((feature_size, hidden, hidden, out))
         self.predictor = normalised_head((out, hidden, out))
         self.key_backbone = follower(backbone)
         self.key_projector = follower(self.projector)
-        self.temperature = temperature
-        self.momentum = momentum
+        self.temperature = recipe.temperature
+        self.momentum = recipe.key_momentum
 
-    @classmethod
-    def from_recipe(cls, backbone: nn.Module, feature_size: int, recipe: Recipe) -> Self:
-        """The module as `recipe` asks for it."""
-        assert recipe.temperature is not None and recipe.key_momentum is not None, "its own recipe has both"
-        return cls(
-            backbone,
-            feature_size,
-            temperature=recipe.temperature,
-            momentum=recipe.key_momentum,
-            hidden=recipe.head_hidden,
-            out=recipe.head_out,
-        )
-
-    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+    def forward(self, first: Tensor, second: Tensor, mixtures: Mixtures = UNMIXED) -> Tensor:
         """The symmetric loss of a batch of two normalised views, (N, 3, S, S) each."""
-        one, two = (self.predictor(self.projector(self.backbone(view))) for view in (first, second))
+        mixture_one, mixture_two = mixtures
+        one, two = (
+            self.predictor(self.projector(self.backbone(mixture.mix(view))))
+            for view, mixture in ((first, mixture_one), (second, mixture_two))
+        )
         with torch.no_grad():
             key_of_one, key_of_two = (self.key_projector(self.key_backbone(view)) for view in (first, second))
-        return contrast(one, key_of_two, self.temperature) + contrast(two, key_of_one, self.temperature)
+        return mixture_one.loss(
+            lambda key: contrast(one, key, self.temperature), key_of_two
+        ) + mixture_two.loss(lambda key: contrast(two, key, self.temperature), key_of_one)
 
     def after_step(self, done: float) -> None:
         """Move the key network towards the query network."""

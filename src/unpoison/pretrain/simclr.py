@@ -5,13 +5,14 @@ Paper: Chen et al., "A Simple Framework for Contrastive Learning of Visual Repre
 
 from __future__ import annotations
 
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unpoison.pretrain.heads import projection_head
+from unpoison.pretrain.i_cutmix import UNMIXED, Mixtures
 from unpoison.pretrain.recipe import Recipe
 
 __all__ = ["SimCLR", "nt_xent"]
@@ -46,37 +47,25 @@ class SimCLR(nn.Module):
     Args:
         backbone: (N, 3, S, S) normalised images to (N, `feature_size`).
         feature_size: D of the backbone.
-        temperature: T of the loss.
-        hidden, out: sizes of the projection head.
+        recipe: T of the loss, sizes of the projection head.
     """
 
     RECIPE: ClassVar[Recipe] = Recipe(temperature=0.5)
+    MIXES: ClassVar[bool] = True
 
-    def __init__(
-        self, backbone: nn.Module, feature_size: int, *, temperature: float, hidden: int, out: int
-    ) -> None:
+    def __init__(self, backbone: nn.Module, feature_size: int, recipe: Recipe) -> None:
         super().__init__()
-        self.backbone = backbone
-        self.projector = projection_head(feature_size, hidden, out)
-        self.temperature = temperature
-
-    @classmethod
-    def from_recipe(cls, backbone: nn.Module, feature_size: int, recipe: Recipe) -> Self:
-        """The module as `recipe` asks for it."""
         assert recipe.temperature is not None, "SimCLR's own recipe has it"
-        return cls(
-            backbone,
-            feature_size,
-            temperature=recipe.temperature,
-            hidden=recipe.head_hidden,
-            out=recipe.head_out,
-        )
+        self.backbone = backbone
+        self.projector = projection_head(feature_size, recipe.head_hidden, recipe.head_out)
+        self.temperature = recipe.temperature
 
-    def forward(self, first: Tensor, second: Tensor) -> Tensor:
-        """The loss of a batch of two normalised views, (N, 3, S, S) each."""
-        both = self.projector(self.backbone(torch.cat((first, second))))
+    def forward(self, first: Tensor, second: Tensor, mixtures: Mixtures = UNMIXED) -> Tensor:
+        """The loss of a batch of two normalised views, (N, 3, S, S) each; of a mixture, `first` alone is mixed."""
+        mixture, _ = mixtures
+        both = self.projector(self.backbone(torch.cat((mixture.mix(first), second))))
         one, two = both.chunk(2)
-        return nt_xent(one, two, self.temperature)
+        return mixture.loss(lambda partner: nt_xent(one, partner, self.temperature), two)
 
     def after_step(self, done: float) -> None:
         """SimCLR has no state beside its weights."""

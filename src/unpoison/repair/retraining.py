@@ -3,12 +3,13 @@
 An encoder that saw the poison keeps its backdoor, whatever happens to the images afterwards. Our encoder files say how
 they were trained, so that the new one differs from the victim in what it was shown and in nothing else: method,
 network, settings, image size and seed are the victim's. Mean and standard deviation are measured again, on the kept
-images.
+images. With i-CutMix the new encoder is also trained in another way, which alone is a defence: then nothing need be
+left out.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from unpoison.data.load import load_images
@@ -73,8 +74,9 @@ def read_recipe(encoder: str | Path) -> VictimRecipe:
     training: Training | None = read_training(encoder, PretrainConfig)
     if training is None:
         raise ConfigError(
-            f"{encoder} does not say how it was trained, because unpoison did not train it: give --method, --arch and "
-            "--image-size, and --epochs, --batch-size, --learning-rate and --width where they differ from the defaults"
+            f"{encoder} does not say how it was trained, because unpoison did not train it on images alone: give "
+            "--method, --arch and --image-size, and --epochs, --batch-size, --learning-rate and --width where they "
+            "differ from the defaults"
         )
     return VictimRecipe(
         config=training.config,
@@ -93,6 +95,7 @@ def retrain(
     *,
     run: str | Path | None = None,
     only: tuple[str, ...] | None = None,
+    i_cutmix: bool = False,
     root: str | Path | None = None,
     follow_links: bool = False,
     device: str = "auto",
@@ -109,6 +112,7 @@ def retrain(
             it was not shown. The state of the training is kept beside it, so that the same call goes on after a kill.
         run: run folder of the scan of `images`; what its clean.txt names is kept.
         only: ids to keep, instead of `run`.
+        i_cutmix: train with i-CutMix, whether or not the victim was; see `pretrain.i_cutmix`.
         root: see `data.sources.open_source`, as for `follow_links`.
         follow_links: whether links may leave the folder.
         device: see `runtime.choose_device`.
@@ -117,22 +121,25 @@ def retrain(
         progress: told (stage, done, total).
 
     Raises:
-        ConfigError: nothing would be left out, so that the new encoder would be the victim again.
+        ConfigError: nothing would be left out or changed, so that the new encoder would be the victim again; or the
+            victim's method cannot mix images.
         DataError: the images are not those that were scanned.
         NoVerdictError: the training diverged or collapsed.
     """
     kept = read_kept_list(run) if run is not None else None
-    source, left_out = _without_flagged(images, kept, only, root, follow_links)
+    config = replace(recipe.config, i_cutmix=True) if i_cutmix else recipe.config
+    as_before = config == recipe.config
+    source, left_out = _without_flagged(images, kept, only, root, follow_links, must_leave_out=as_before)
     geometry = Geometry(recipe.image_size, recipe.image_size)
     pixels = load_images(source, geometry, workers=workers, progress=progress)
-    if pixels.fingerprint == recipe.fingerprint:
+    if as_before and pixels.fingerprint == recipe.fingerprint:
         raise ConfigError(
             f"{recipe.of} was trained on exactly these {len(pixels)} images: say what to leave out with --run or "
             "--only, or name the folder that `unpoison clean` wrote"
         )
     trained = pretrain(
         pixels,
-        recipe.config,
+        config,
         seed=recipe.seed,
         device=device,
         precision=precision,
@@ -163,12 +170,14 @@ def _without_flagged(
     only: tuple[str, ...] | None,
     root: str | Path | None,
     follow_links: bool,
+    *,
+    must_leave_out: bool,
 ) -> tuple[ImageSource, tuple[str, ...]]:
     if kept is not None:
         source = open_scanned(images, kept, root=root, follow_links=follow_links)
         stay = {*kept.keep, *kept.skipped}
         left_out = tuple(id for id in kept.examined if id not in stay)
-        if not left_out:
+        if must_leave_out and not left_out:
             raise ConfigError(
                 f"{kept.name} flagged nothing (verdict {kept.verdict}), so there is nothing to leave out: "
                 "an encoder trained again would be the same"
