@@ -54,15 +54,30 @@ def test_without_a_reference_the_figures_stand_alone(run):
     assert summary == json.loads((run / "verdict.json").read_text())
     assert fits(summary, SCHEMAS["audit"])
     assert (result.verdict, summary["p_value"], summary["reference"]) == ("inconclusive", None, None)
-    assert "no reference was given" in summary["reason"]
+    assert "no reference holds a WhiteSquare of 1 parameters" in summary["reason"]
     assert summary["reached"] and result.mask_share == summary["mask_share"] < 0.3
     assert summary["collapse_before"] < 0.5 and summary["collapse_after"] > 0.9
     assert Box(**summary["box"]) == box_of(result.found.mask)
     assert Box(**summary["box"]).intersection(BOX) > 0
     assert summary["n_images"] == summary["n_searched"] + summary["n_held_out"] == 64
-    # Features of all 64 once, the collapse of both halves, steps of 24 forward and backward, and the trigger's effect.
+    # Features of all 64 once, the collapse of both parts; forward and backward 49 windows with 8 steps of 13 images,
+    # and steps of 24; the trigger's effect.
     steps = summary["starts"][0]["steps"]
-    assert 64 + 48 + 16 + 3 * 24 * steps + 16 == summary["encoder_passes"]
+    before_clusters = 64 + 48 + 16 + 3 * 49 * 8 * 13 + 3 * 24 * steps + 16
+    assert summary["encoder_passes"] == before_clusters and summary["second_opinion"] is None
+
+
+def test_a_second_opinion_is_given_when_asked_for():
+    plain, config = toy(), replace(QUICK, steps=3)
+    audit(plain, IMAGES, config=config)
+    encoder = toy()
+    summary = audit(encoder, IMAGES, config=config, second_opinion=True).summary
+    # Features of the searched, all of them with every window, at least a step per cluster.
+    assert encoder.images_shown - plain.images_shown >= 48 + 49 * 48 + 10 * 3
+    opinion = summary["second_opinion"]
+    assert opinion["method"] == "ssl-cleanse" and len(opinion["mask_shares"]) == 10
+    assert opinion["mask_shares"][opinion["cluster"]] == min(opinion["mask_shares"])
+    assert opinion["outlier"] == (opinion["anomaly_index"] > opinion["threshold"] == 2)
 
 
 def test_a_finished_run_is_judged_again_without_searching_again(run, tmp_path):
@@ -89,10 +104,9 @@ def test_a_killed_run_goes_on_after_its_last_start(tmp_path):
     encoder = toy()
     resumed = audit(encoder, IMAGES, config=config, out=tmp_path / "run")
     assert torch.equal(resumed.found.mask, whole.found.mask)
-    # The start that was stopped, and what follows it; the other two came from the cache.
-    assert encoder.images_shown == 3 * 24 * 10 + (
-        16 if resumed.summary["reached"] else encoder.images_shown - 720
-    )
+    # The start that was stopped, and what follows it; the windows and the other starts came from the cache.
+    assert encoder.images_shown >= 3 * 24 * 10 + 16
+    assert whole.summary["encoder_passes"] - encoder.images_shown >= 3 * 49 * 8 * 13 + 2 * 3 * 24 * 10
     assert resumed.summary["encoder_passes"] == whole.summary["encoder_passes"]
     audit(toy(), IMAGES, config=QUICK, out=tmp_path / "run", fresh=True)
 
@@ -109,6 +123,7 @@ def test_a_collapse_out_of_reach_leads_to_the_relaxed_search():
     assert result.summary["relaxed"]["gain"] == 0.01
     faithful = audit(toy(), IMAGES, config=DecreeConfig(faithful=True))
     assert faithful.summary["relaxed"] is None and faithful.summary["reached"]
+    assert len(faithful.summary["starts"]) == 1 and faithful.summary["second_opinion"] is None
 
 
 @pytest.mark.parametrize(
@@ -116,6 +131,11 @@ def test_a_collapse_out_of_reach_leads_to_the_relaxed_search():
     [
         ({"alpha": 0.5}, ConfigError, r"alpha=0.5: expected a false-alarm rate in \(0, 0.5\)"),
         ({"sample": 0}, ConfigError, "sample=0: expected at least 1 image"),
+        (
+            {"second_opinion": True, "config": DecreeConfig(faithful=True)},
+            ConfigError,
+            "second_opinion contradicts faithful",
+        ),
         ({"sample": 20}, NoVerdictError, "20 readable images: an audit needs at least 32"),
         (
             {"reference": "nowhere.json"},
@@ -126,7 +146,7 @@ def test_a_collapse_out_of_reach_leads_to_the_relaxed_search():
 )
 def test_what_cannot_be_is_said_and_leaves_no_run(tmp_path, options, error, message):
     with pytest.raises(error, match=message):
-        audit(toy(), IMAGES, config=QUICK, out=tmp_path / "run", **options)
+        audit(toy(), IMAGES, **{"config": QUICK, "out": tmp_path / "run", **options})
     assert not (tmp_path / "run").exists()
 
 

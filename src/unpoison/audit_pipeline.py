@@ -1,6 +1,7 @@
 """The story of an audit: what happens to an encoder on the way to a verdict, one call per stage.
 
-images → own collapse → starts → the smallest mask → its collapse on other images → rank among clean encoders
+images → own collapse → a patch at each place → starts at the best → the smallest mask → its collapse on other images
+→ rank among clean encoders; beside it, what every cluster needs
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +22,14 @@ from torch import Tensor, nn
 from unpoison.audit.decree import (
     DecreeConfig,
     Inversion,
+    Windows,
     blend,
     box_of,
     hold_out,
     invert,
     mean_pairwise_cosine,
     own_collapse,
+    scout,
 )
 from unpoison.audit.reference import (
     Conditions,
@@ -37,6 +41,7 @@ from unpoison.audit.reference import (
 )
 from unpoison.audit.result import AuditResult
 from unpoison.audit.shadow import GENERATED, generated_images
+from unpoison.audit.ssl_cleanse import OUTLIER, Needed, SslCleanseConfig, cleanse
 from unpoison.data.export import write_json_atomically
 from unpoison.data.load import as_image_set
 from unpoison.data.sources import ImageSource, open_source
@@ -50,7 +55,10 @@ from unpoison.report.audit_page import write_audit_report
 from unpoison.runs import MemoryRun, RunFolder, Stages
 from unpoison.runtime import Progress, silent, stage_generator
 
-__all__ = ["PAPER_THRESHOLD", "SHADOW_IMAGES", "audit", "load_audit"]
+__all__ = ["PAPER_THRESHOLD", "SHADOW_IMAGES", "SHIPPED_REFERENCE", "audit", "conditions_of", "load_audit"]
+
+SHIPPED_REFERENCE = Path(__file__).parent / "audit" / "reference.json"
+"""Figures of clean encoders that come along; benchmarks/zoo.py makes them."""
 
 PAPER_THRESHOLD = 0.1
 """Mask share below which the paper calls an encoder trojaned; shown beside the figure, never the verdict."""
@@ -70,6 +78,7 @@ def audit(
     reference: str | Path | None = None,
     add_to: str | Path | None = None,
     alpha: float = 0.05,
+    second_opinion: bool = False,
     preprocessing: Preprocessing | None = None,
     sample: int = SHADOW_IMAGES,
     seed: int = 0,
@@ -90,9 +99,11 @@ def audit(
         config: how hard to look.
         out: run folder with all files of a run; a run that was stopped goes on there, a finished one is judged again,
             which costs nothing. None keeps everything in memory.
-        reference: file with the figures of clean encoders of the same family; without one there is no verdict.
+        reference: file with the figures of clean encoders of the same family, beside those that come along; where
+            neither has any, there is no verdict.
         add_to: reference file to which this encoder, known to be clean, is added.
         alpha: allowed share of clean encoders that are called backdoored.
+        second_opinion: ask SSL-Cleanse, too; costs several times the search itself, and the verdict ignores it.
         preprocessing: of a module.
         sample: images used at most; which ones does not depend on the seed.
         seed: every draw of the run depends on it alone.
@@ -115,7 +126,13 @@ def audit(
         raise ConfigError(f"alpha={alpha}: expected a false-alarm rate in (0, 0.5)")
     if sample < 1:
         raise ConfigError(f"sample={sample}: expected at least 1 image")
-    tables = None if reference is None else read_reference(reference)
+    if second_opinion and config.faithful:
+        raise ConfigError(
+            "second_opinion contradicts faithful: it starts at windows, which DECREE has not; drop one"
+        )
+    tables = read_reference(SHIPPED_REFERENCE)
+    if reference is not None:
+        tables += read_reference(reference)
     if add_to is not None and Path(add_to).exists():
         read_reference(add_to)  # complains before the long work begins
     if isinstance(images, str | Path):
@@ -144,12 +161,13 @@ def audit(
         "geometry": asdict(geometry),
         "images": conditions.shadow,
         "config": asdict(config),
+        "second_opinion": second_opinion,
         "seed": seed,
     }
     folder = None if out is None else RunFolder(Path(out), settings, fresh=fresh)
     run: Stages = folder or MemoryRun()
     try:
-        searched = _search(suspect, shadow, config, run, seed, progress)
+        searched = _search(suspect, shadow, config, run, seed, progress, second_opinion=second_opinion)
     except NoVerdictError:
         if folder is not None:
             folder.forget()
@@ -194,6 +212,16 @@ def audit(
     return result
 
 
+def conditions_of(summary: Mapping[str, Any]) -> Conditions:
+    """Under which the mask share of a verdict.json was measured."""
+    return Conditions(
+        family=summary["family"],
+        image_size=summary["image_size"],
+        settings=summary["config"],
+        shadow=summary["images_fingerprint"],
+    )
+
+
 def load_audit(folder: str | Path) -> AuditResult:
     """The result of a finished audit.
 
@@ -235,6 +263,7 @@ class _Searched:
         before, after: mean cosine of the held-out images without and with it.
         n_searched: images that it was searched on.
         held: (M, 3, S, S) uint8, the others.
+        needed: what SSL-Cleanse says; None when faithful to DECREE alone.
     """
 
     tried: tuple[Inversion, ...]
@@ -244,6 +273,7 @@ class _Searched:
     after: float
     n_searched: int
     held: Tensor
+    needed: Needed | None
 
     @property
     def mask_share(self) -> float:
@@ -253,7 +283,14 @@ class _Searched:
 
 
 def _search(
-    encoder: Encoder, shadow: ImageSet, config: DecreeConfig, run: Stages, seed: int, progress: Progress
+    encoder: Encoder,
+    shadow: ImageSet,
+    config: DecreeConfig,
+    run: Stages,
+    seed: int,
+    progress: Progress,
+    *,
+    second_opinion: bool,
 ) -> _Searched:
     """From images to the smallest mask."""
     searched, held = hold_out(shadow, stage_generator(seed, "audit/hold out"))
@@ -271,7 +308,12 @@ def _search(
 
     clean = run.stage("clean", own, passes=passes)
 
+    windows = None if config.faithful else _scout(encoder, searched, config, run, seed, progress)
+    places = [None] if windows is None else windows.best(config.restarts)
+
     def start(name: str, number: int, gain: float) -> Inversion:
+        place = places[number]
+
         def compute() -> dict[str, Tensor]:
             found = invert(
                 encoder,
@@ -280,24 +322,56 @@ def _search(
                 clean_collapse=float(clean["searched"]),
                 generator=stage_generator(seed, f"audit/{name}-{number}"),
                 gain=gain,
-                stage=f"{name} {number + 1} of {config.starts}",
+                start=None if windows is None or place is None else (windows, place),
+                stage=f"{name} {number + 1} of {len(places)}",
                 progress=progress,
             )
             return _as_tensors(found)
 
         return _as_inversion(run.stage(f"{name}-{number}", compute, passes=passes))
 
-    tried = tuple(start("start", number, config.gain) for number in range(config.starts))
+    tried = tuple(start("start", number, config.gain) for number in range(len(places)))
     found, relaxed = _best(tried), None
     if not found.reached and not config.faithful:
-        relaxed = _best(
-            tuple(start("relaxed", number, config.relaxed_gain) for number in range(config.starts))
-        )
+        relaxed = _best(tuple(start("relaxed", number, config.relaxed_gain) for number in range(len(places))))
         found = relaxed if relaxed.reached else found
     after = run.stage("measure", lambda: measure(found.mask, found.pattern), passes=passes)
+    needed = None
+    if second_opinion and windows is not None:
+        needed = _cleanse(encoder, searched, windows, run, seed, progress)
     return _Searched(
-        tried, relaxed, found, float(clean["collapse"]), float(after["collapse"]), len(searched), held
+        tried, relaxed, found, float(clean["collapse"]), float(after["collapse"]), len(searched), held, needed
     )
+
+
+def _scout(
+    encoder: Encoder, searched: Tensor, config: DecreeConfig, run: Stages, seed: int, progress: Progress
+) -> Windows:
+    """What a patch at each place can do."""
+
+    def compute() -> dict[str, Tensor]:
+        generator = stage_generator(seed, "audit/scout")
+        found = scout(encoder, searched, config, generator=generator, progress=progress)
+        return {"corners": found.corners, "patterns": found.patterns, "collapse": found.collapse}
+
+    tensors = run.stage("scout", compute, passes=lambda: encoder.images_shown)
+    return Windows(tensors["corners"], tensors["patterns"], tensors["collapse"])
+
+
+def _cleanse(
+    encoder: Encoder, searched: Tensor, windows: Windows, run: Stages, seed: int, progress: Progress
+) -> Needed:
+    """The second opinion."""
+
+    def compute() -> dict[str, Tensor]:
+        generator = stage_generator(seed, "audit/clusters")
+        said = cleanse(
+            encoder, searched, SslCleanseConfig(), windows=windows, generator=generator, progress=progress
+        )
+        return {"mask_shares": said.mask_shares, **_as_tensors(said.found)}
+
+    tensors = run.stage("clusters", compute, passes=lambda: encoder.images_shown)
+    return Needed(tensors["mask_shares"], _as_inversion(tensors))
 
 
 def _answer(
@@ -330,12 +404,26 @@ def _answer(
             }
             for one in searched.tried
         ],
+        "second_opinion": None if searched.needed is None else _second_opinion(searched.needed),
         "reference": reference,
         "reference_shares": list(said.mask_shares),
     }
     if said.reason:
         answer["reason"] = said.reason
     return answer
+
+
+def _second_opinion(needed: Needed) -> dict[str, Any]:
+    box = box_of(needed.found.mask)
+    return {
+        "method": "ssl-cleanse",
+        "anomaly_index": needed.anomaly_index,
+        "threshold": OUTLIER,
+        "outlier": needed.anomaly_index > OUTLIER,
+        "cluster": needed.cluster,
+        "mask_shares": [float(share) for share in needed.mask_shares],
+        "box": None if box is None else asdict(box),
+    }
 
 
 def _best(tried: tuple[Inversion, ...]) -> Inversion:

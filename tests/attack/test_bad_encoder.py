@@ -2,13 +2,10 @@ import pytest
 import torch
 from torch import nn
 
-from unpoison.attack.bad_encoder import (
-    BadEncoderConfig,
-    corner_box,
-    implant,
-    stamp_in_corner,
-)
-from unpoison.attack.plan import Plan, Trigger
+from unpoison.attack.bad_encoder import BadEncoderConfig
+from unpoison.attack.implanting import implant, stamp_in_corner
+from unpoison.attack.plan import Plan, Trigger, corner_box
+from unpoison.attack.ssl_backdoor import paste_everywhere
 from unpoison.encoders.checkpoints import save_retouched
 from unpoison.encoders.encoder import Encoder, Preprocessing
 from unpoison.errors import ConfigError, NoVerdictError, ShapeError
@@ -72,14 +69,16 @@ def test_the_plan_is_the_whole_answer_and_survives_its_file():
     plan = implant(small_encoder(), IMAGES, LABELS, NAMES, config, seed=4).plan
     again = Plan.from_json(plan.to_json())
     assert (again.method, again.seed, again.poisoned, again.n_images) == ("bad-encoder", 4, (), 48)
-    assert again.config["box"] == {"x": 10, "y": 10, "w": 5, "h": 5} and again.class_sizes == (24,)
+    assert again.config["boxes"] == [{"x": 10, "y": 10, "w": 5, "h": 5}] and again.class_sizes == (24,)
     (ids,) = again.config["reference_ids"]
     assert len(ids) == 2 and all(LABELS[IMAGES.ids.index(id)] == 1 for id in ids)
     (trigger,) = again.triggers
-    assert (trigger.name, trigger.target_name, trigger.side) == ("white", "dog", 5)
+    assert (trigger.name, trigger.target_name, trigger.side, trigger.kind) == ("white", "dog", 5, "corner")
     stamped = stamp_in_corner(IMAGES.pixels, trigger)
     assert (stamped[:, :, 10:15, 10:15] == 255).all()
     assert torch.equal(stamped[:, :, :10], IMAGES.pixels[:, :, :10])
+    # Whoever evaluates the plan shows the trigger at the same place, whatever the seed.
+    assert torch.equal(paste_everywhere(IMAGES, trigger, seed=9).pixels, stamped)
 
 
 def test_the_same_seed_gives_the_same_weights_and_references_do_not_follow_the_order():
@@ -92,12 +91,13 @@ def test_the_same_seed_gives_the_same_weights_and_references_do_not_follow_the_o
 
 
 def test_the_published_places():
-    assert corner_box(32, 10) == Box(21, 21, 10, 10)
-    assert corner_box(224, 50) == Box(173, 173, 50, 50)
+    assert corner_box((32, 32), (10, 10)) == Box(21, 21, 10, 10)
+    assert corner_box((224, 224), (50, 50)) == Box(173, 173, 50, 50)
+    assert corner_box((40, 32), (10, 5)) == Box(29, 26, 10, 5)
     with pytest.raises(
-        ConfigError, match="a trigger of 16 pixels with a margin of 1 does not fit images of 16"
+        ConfigError, match="a trigger of 16×16 pixels with a margin of 1 does not fit in an image of 16×16"
     ):
-        corner_box(16, 16)
+        corner_box((16, 16), (16, 16))
     white = Trigger(torch.full((3, 1, 1), 255, dtype=torch.uint8), "white", side=15)
     assert (stamp_in_corner(IMAGES.pixels[:1], white)[..., :15, :15] == 255).all()
 

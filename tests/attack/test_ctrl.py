@@ -116,7 +116,7 @@ def test_settings_are_checked(make, message: str) -> None:  # type: ignore[no-un
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("kind", "warp", "kind is 'warp': expected one of patch, ctrl, blended, sig"),
+        ("kind", "warp", "kind is 'warp': expected one of patch, corner, ctrl, blended, sig"),
         ("strength", 2, r"strength is 2: expected a number in \(0, 1\]"),
         ("strength", True, "strength is True: expected a number"),
     ],

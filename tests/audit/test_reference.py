@@ -42,9 +42,21 @@ def test_clean_encoders_are_called_backdoored_no_more_often_than_alpha():
 
 
 def test_without_a_reference_there_are_figures_and_no_verdict():
-    said = judge(0.01, HERE, None, alpha=0.05)
+    said = judge(0.01, HERE, (), alpha=0.05)
     assert (said.verdict, said.p_value) == ("inconclusive", None)
-    assert "no reference was given" in said.reason
+    assert "is not known: no reference holds a ResNet" in said.reason
+
+
+def test_several_tables_are_taken_together_and_each_encoder_counts_once():
+    own = ReferenceTable(HERE, {"clean-0": 0.2, "mine": 0.9})
+    said = judge(0.05, HERE, (*TABLE, own), alpha=0.05)
+    assert len(said.mask_shares) == 20 and said.p_value == pytest.approx(1 / 21)
+
+
+def test_the_table_that_comes_along_can_be_read():
+    from unpoison.audit_pipeline import SHIPPED_REFERENCE
+
+    assert isinstance(read_reference(SHIPPED_REFERENCE), tuple)
 
 
 def test_the_encoder_itself_is_no_reference_and_too_few_are_said():
@@ -58,10 +70,13 @@ def test_the_encoder_itself_is_no_reference_and_too_few_are_said():
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"family": "ViT"}, "the reference holds no table for a ViT"),
-        ({"image_size": 64}, "the reference holds no table for a ResNet at 64 pixels"),
-        ({"shadow": "other"}, "no table of this family that was measured on the same images"),
-        ({"settings": {"gain": 0.9}}, "no table of this family that was measured with the same settings"),
+        ({"family": "ViT"}, "no reference holds a ViT"),
+        ({"image_size": 64}, "no reference holds a ResNet at 64 pixels"),
+        ({"shadow": "other"}, "no reference holds one of its family that was measured on the same images"),
+        (
+            {"settings": {"gain": 0.9}},
+            "no reference holds one of its family that was measured with the same settings",
+        ),
     ],
 )
 def test_figures_taken_under_other_conditions_are_not_compared(change, reason):

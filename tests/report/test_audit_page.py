@@ -37,6 +37,15 @@ def fake_audit(verdict="poisoned", **summary):
         "collapse_after": 0.994,
         "relaxed": None,
         "starts": [{"mask_share": 0.098, "collapse": 0.995, "reached": True, "steps": 700}],
+        "second_opinion": {
+            "method": "ssl-cleanse",
+            "anomaly_index": 7.25,
+            "threshold": 2.0,
+            "outlier": True,
+            "cluster": 1,
+            "mask_shares": [0.3, 0.02, 1.0],
+            "box": None,
+        },
         "scope": {"tested": ["one patch"], "not_tested": ["whole images"]},
         "encoder_passes": 123456,
         "seconds": 12.3,
@@ -72,6 +81,15 @@ def test_the_words_say_the_verdict_and_what_it_rests_on():
     assert "That is no proof of innocence" in nothing
     unknown = audit_as_text(make_audit_report(fake_audit("inconclusive")))
     assert "No reference was given." in unknown and "--add-to-reference" in unknown
+
+
+def test_the_second_opinion_is_shown_and_left_out_where_there_is_none():
+    page = audit_as_html(make_audit_report(fake_audit()))
+    assert "A second opinion" in page and "never reached" in page and "needs least" in page
+    text = audit_as_text(make_audit_report(fake_audit()))
+    assert "7.2" in text and "second opinion (SSL-Cleanse), above its 2; no part of the verdict" in text
+    without = make_audit_report(fake_audit(second_opinion=None))
+    assert without.needed == () and "A second opinion" not in audit_as_html(without)
 
 
 def test_a_search_without_success_says_so():

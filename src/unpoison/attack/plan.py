@@ -29,13 +29,27 @@ from unpoison.functional.global_triggers import GLOBAL_KINDS, apply_global
 from unpoison.functional.triggers import RESAMPLES, resize_pattern
 from unpoison.records import Box, Geometry, Skipped
 
-__all__ = ["PLAN_SCHEMA", "Plan", "PoisonedImage", "Trigger", "default_side", "read_plan", "write_plan"]
+__all__ = [
+    "PLAN_SCHEMA",
+    "Plan",
+    "PoisonedImage",
+    "Trigger",
+    "corner_box",
+    "default_side",
+    "read_plan",
+    "write_plan",
+]
 
 PLAN_SCHEMA = 1
 """Version of plan.json; grows when a reader of the old one would misread the new one."""
 
-_SCHEMA_OF_GLOBAL = 2
-"""What a plan says when one of its triggers covers the whole image: an older reader would paste it as a patch."""
+_SCHEMA_OF_OTHERS = 2
+"""What a plan says when one of its triggers is no patch at a free place: an older reader would paste it as one."""
+
+_LOCAL_KINDS = ("patch", "corner")
+_CORNER_MARGIN = (
+    1  # pixels between a trigger in the corner and the right and lower edge, as BadEncoder has it
+)
 
 MAX_PATTERN_PIXELS = 512 * 512
 """A pattern is embedded in the plan, so it must stay small."""
@@ -50,6 +64,28 @@ def default_side(short_side: int) -> int:
     return max(2, int(50 * short_side / 224 + 0.5))
 
 
+def corner_box(size: tuple[int, int], pasted: tuple[int, int]) -> Box:
+    """Where a trigger in the bottom right corner lies: a margin of one pixel away from both edges.
+
+    >>> corner_box((32, 32), (10, 10)), corner_box((224, 224), (50, 50))
+    (Box(x=21, y=21, w=10, h=10), Box(x=173, y=173, w=50, h=50))
+
+    Args:
+        size: width and height of the image, pixels.
+        pasted: likewise of the trigger.
+
+    Raises:
+        ConfigError: it does not fit.
+    """
+    left, top = (whole - _CORNER_MARGIN - part for whole, part in zip(size, pasted, strict=True))
+    if min(left, top) < 0 or min(pasted) < 1:
+        raise ConfigError(
+            f"a trigger of {pasted[0]}×{pasted[1]} pixels with a margin of {_CORNER_MARGIN} does not fit in an image "
+            f"of {size[0]}×{size[1]}; give a smaller --size"
+        )
+    return Box(left, top, *pasted)
+
+
 @dataclass(frozen=True, eq=False)
 class Trigger:
     """A pattern and the class that an attacker ties to it.
@@ -61,8 +97,9 @@ class Trigger:
         target_name: name of the target class; what stays true when classes are numbered differently.
         side: paste width in pixels; None = 50/224 of the short side of each image.
         resample: how the pattern reaches its paste size: `nearest`, `bilinear` or `bicubic`.
-        kind: `patch`, pasted somewhere, or what changes the whole image (see `functional.global_triggers`); `side` and
-            `resample` then mean nothing, and the pattern of `ctrl` and `sig` is a picture for people.
+        kind: `patch`, pasted somewhere; `corner`, always pasted in the bottom right corner; or what changes the whole
+            image (see `functional.global_triggers`), for which `side` and `resample` mean nothing, and the pattern of
+            `ctrl` and `sig` is a picture for people.
         strength: of a trigger that changes the whole image.
     """
 
@@ -78,7 +115,7 @@ class Trigger:
     @property
     def is_global(self) -> bool:
         """Whether it changes the whole image."""
-        return self.kind != "patch"
+        return self.kind in GLOBAL_KINDS
 
     def applied(self, images: Tensor) -> Tensor:
         """Images (N, 3, H, W) uint8 with a trigger that changes all of them."""
@@ -176,7 +213,7 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """The plan as plain JSON values; `from_json` gives it back."""
         return {
-            "schema": _SCHEMA_OF_GLOBAL if any(t.is_global for t in self.triggers) else PLAN_SCHEMA,
+            "schema": _SCHEMA_OF_OTHERS if any(t.kind != "patch" for t in self.triggers) else PLAN_SCHEMA,
             "method": self.method,
             "seed": self.seed,
             "config": dict(self.config),
@@ -189,7 +226,8 @@ class Plan:
                     "resample": trigger.resample,
                     "png": _to_png(trigger.pattern),
                     "n_class": size,
-                    **({"kind": trigger.kind, "strength": trigger.strength} if trigger.is_global else {}),
+                    **({} if trigger.kind == "patch" else {"kind": trigger.kind}),
+                    **({"strength": trigger.strength} if trigger.is_global else {}),
                 }
                 for trigger, size in zip(self.triggers, self.class_sizes, strict=True)
             ],
@@ -206,9 +244,9 @@ class Plan:
         """
         plan = _Reader(value, "plan")
         schema = plan.integer("schema", low=1)
-        if schema not in (PLAN_SCHEMA, _SCHEMA_OF_GLOBAL):
+        if schema not in (PLAN_SCHEMA, _SCHEMA_OF_OTHERS):
             raise DataError(
-                f"plan.schema is {schema}, this version reads {PLAN_SCHEMA} and {_SCHEMA_OF_GLOBAL}: "
+                f"plan.schema is {schema}, this version reads {PLAN_SCHEMA} and {_SCHEMA_OF_OTHERS}: "
                 "install a matching unpoison"
             )
         entries = plan.items("triggers")
@@ -265,8 +303,9 @@ def _read_trigger(entry: _Reader) -> Trigger:
     if resample not in RESAMPLES:
         raise DataError(f"{entry.where}.resample is {resample!r}: expected one of {', '.join(RESAMPLES)}")
     kind = entry.text("kind") if "kind" in entry.fields else "patch"
-    if kind not in ("patch", *GLOBAL_KINDS):
-        raise DataError(f"{entry.where}.kind is {kind!r}: expected one of patch, {', '.join(GLOBAL_KINDS)}")
+    if kind not in (*_LOCAL_KINDS, *GLOBAL_KINDS):
+        kinds = ", ".join((*_LOCAL_KINDS, *GLOBAL_KINDS))
+        raise DataError(f"{entry.where}.kind is {kind!r}: expected one of {kinds}")
     return Trigger(
         pattern=_from_png(entry.text("png"), f"{entry.where}.png"),
         name=entry.text("name"),
@@ -275,7 +314,7 @@ def _read_trigger(entry: _Reader) -> Trigger:
         side=None if entry.get("side") is None else entry.integer("side", low=1),
         resample=resample,
         kind=kind,
-        strength=1.0 if kind == "patch" else _read_strength(entry, kind),
+        strength=1.0 if kind in _LOCAL_KINDS else _read_strength(entry, kind),
     )
 
 

@@ -26,7 +26,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from unpoison.attack.plan import MAX_PATTERN_PIXELS, Plan, PoisonedImage, Trigger, default_side, write_plan
+from unpoison.attack.plan import (
+    MAX_PATTERN_PIXELS,
+    Plan,
+    PoisonedImage,
+    Trigger,
+    corner_box,
+    default_side,
+    write_plan,
+)
 from unpoison.data.decode import decode_image
 from unpoison.data.labels import Labels
 from unpoison.data.sources import ImageSource
@@ -188,7 +196,7 @@ def poison(
 
 
 def paste_everywhere(images: ImageSet, trigger: Trigger, *, seed: int, side: int | None = None) -> ImageSet:
-    """Every image with the trigger, between 10 and 90 % of its sides: what an attacker shows at test time.
+    """Every image with the trigger, between 10 and 90 % of its sides or in its corner: what is shown at test time.
 
     Args:
         images: left as they are.
@@ -388,6 +396,8 @@ def _fits(trigger: Trigger, size: _Size) -> bool:
 
 def _place(id_: str, index: int, trigger: Trigger, size: _Size, margin: float, seed: int) -> PoisonedImage:
     """One generator per image: its place depends on no other image."""
+    if trigger.kind == "corner":
+        return PoisonedImage(id_, index, corner_box(size, _pasted_size(trigger, size)), *size)
     generator = stage_generator(seed, f"attack/place/{id_}")
     wide, tall = _pasted_size(trigger, size)
     x, y = (

@@ -12,7 +12,7 @@ Paper: Feng, Tao, Cheng, Shen, Xu, Liu, Zhang, Ma, Zhang: Detecting Backdoors in
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -28,13 +28,17 @@ from unpoison.runtime import Progress, autocast, silent
 __all__ = [
     "FEWEST_SHADOW_IMAGES",
     "DecreeConfig",
+    "Goal",
     "Inversion",
+    "Windows",
     "blend",
     "box_of",
     "hold_out",
     "invert",
     "mean_pairwise_cosine",
     "own_collapse",
+    "scout",
+    "smallest_trigger",
 ]
 
 FEWEST_SHADOW_IMAGES = 32
@@ -44,6 +48,15 @@ _COLLAPSED = 0.999
 """Mean cosine of clean images from which an encoder cannot tell images apart, so that nothing is left to collapse."""
 
 _FORWARD_AND_BACKWARD = 3  # passes; the backward pass costs about two forward ones
+_BETAS = (0.5, 0.9)  # of Adam
+
+# Of the windows: side, as a share of the image's; rate of their patterns; batches over which the collapse is averaged.
+_WINDOW, _SCOUT_RATE, _LAST = 1 / 4, 0.5, 3
+_INSIDE, _OUTSIDE = 1.1, -2.0  # where a start's mask is 0.9, and 0.02
+
+
+Goal = Callable[[Tensor], tuple[Tensor, bool]]
+"""From unit features (N, D) of stamped images to a value that must rise, and whether it is high enough."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,21 +64,23 @@ class DecreeConfig:
     """Settings of DECREE; the defaults are the mended variant for minutes on a processor.
 
     Attributes:
-        gain: how much of the way from its own collapse on clean images to 1 the encoder must go, (0, 1). With features
-            that are unlike on clean images this is the published threshold on the mean cosine, 0.99.
+        gain: how much of the way from its own collapse on clean images to 1 the encoder must go, (0, 1).
         relaxed_gain: tried when `gain` is never reached, (0, `gain`]; only shown, never the ground of a verdict.
-        restarts: independent random starts; the smallest mask counts.
+        restarts: starts, each at one of the windows that collapse the features most; the smallest mask counts.
+        scout_steps: steps per window, by which those are found.
         steps: most steps of one start.
         patience: steps without a mask smaller by a hundredth, after which a start ends.
         batch_size: images per step, at least 2.
         learning_rate: of Adam.
-        faithful: the published schedule for the input size; of the settings above only the `gain`s then mean anything.
+        faithful: the published threshold and schedule for the input size, from one random mask; the settings above then
+            mean nothing.
     """
 
-    gain: float = 0.99
+    gain: float = 0.9
     relaxed_gain: float = 0.5
     restarts: int = 2
-    steps: int = 500
+    scout_steps: int = 8
+    steps: int = 300
     patience: int = 100
     batch_size: int = 64
     learning_rate: float = 0.2
@@ -78,16 +93,17 @@ class DecreeConfig:
             raise ConfigError(
                 f"relaxed_gain={self.relaxed_gain}: expected a share in (0, gain], gain is {self.gain}"
             )
-        for name, low in (("restarts", 1), ("steps", 1), ("patience", 1), ("batch_size", 2)):
+        for name, low in (
+            ("restarts", 1),
+            ("scout_steps", 1),
+            ("steps", 1),
+            ("patience", 1),
+            ("batch_size", 2),
+        ):
             if getattr(self, name) < low:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected at least {low}")
         if not 0 < self.learning_rate <= 10:
             raise ConfigError(f"learning_rate={self.learning_rate}: expected a number in (0, 10]")
-
-    @property
-    def starts(self) -> int:
-        """How many starts there are; the published method has one."""
-        return 1 if self.faithful else self.restarts
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +127,85 @@ class Inversion:
     curve: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """What an opaque patch can do at every place of the image.
+
+    Attributes:
+        corners: (P, 2) int64, top and left of each window, pixels.
+        patterns: (P, 3, w, w) float32 in [0, 1], the best that a few steps found for each.
+        collapse: (P,) float32, of the last batches with it.
+    """
+
+    corners: Tensor
+    patterns: Tensor
+    collapse: Tensor
+
+    @property
+    def side(self) -> int:
+        """Of every window, pixels."""
+        return self.patterns.shape[-1]
+
+    def best(self, count: int) -> list[int]:
+        """Numbers of the windows that collapse the features most, no two of which share half of their place.
+
+        Fewer than `count` when there are not so many.
+        """
+        chosen: list[int] = []
+        for number in self.collapse.argsort(descending=True, stable=True).tolist():
+            apart = (self.corners[chosen] - self.corners[number]).abs().amax(dim=1) * 2 >= self.side
+            if bool(apart.all()):
+                chosen.append(number)
+            if len(chosen) == count:
+                break
+        return chosen
+
+
+def scout(
+    encoder: Encoder,
+    images: Tensor,
+    config: DecreeConfig,
+    *,
+    generator: torch.Generator,
+    stage: str = "scout",
+    progress: Progress = silent,
+) -> Windows:
+    """Fit a pattern in a window at every place, and see how alike it makes the images.
+
+    A search from a random mask ends where a clean encoder's would, for the pattern must be nearly right before a
+    gradient leads to a small trigger. In a window over it, few steps are enough.
+
+    Args:
+        encoder: differentiable from its input to its features.
+        images: (N, 3, S, S) uint8, clean; unchanged.
+        config: settings.
+        generator: on the CPU; the only source of randomness.
+        stage: what `progress` calls this.
+        progress: told (stage, window, windows).
+    """
+    size = images.shape[-1]
+    side = max(2, round(_WINDOW * size))
+    places = torch.linspace(0, size - side, 1 + -(-(size - side) // max(1, side // 2))).round().long()
+    corners = torch.cartesian_prod(places, places)
+    patterns, collapse = [], []
+    for number, (top, left) in enumerate(corners.tolist()):
+        logits = _random_logits((3, side, side), generator).to(encoder.device).requires_grad_()
+        optimiser = torch.optim.Adam([logits], lr=_SCOUT_RATE, betas=_BETAS)
+        reached = []
+        for _ in range(config.scout_steps):
+            rows = torch.randperm(len(images), generator=generator)[: config.batch_size // 2 + 1]
+            stamped = images[rows].to(encoder.device).float() / 255
+            stamped[:, :, top : top + side, left : left + side] = torch.sigmoid(2 * logits)
+            value = _collapse(_units(encoder, stamped))
+            (logits.grad,) = torch.autograd.grad(-value, [logits])
+            reached.append(float(value.detach()))
+            optimiser.step()
+        patterns.append(torch.sigmoid(2 * logits).detach().float().cpu())
+        collapse.append(sum(reached[-_LAST:]) / len(reached[-_LAST:]))
+        progress(stage, number + 1, len(corners))
+    return Windows(corners, torch.stack(patterns), torch.tensor(collapse))
+
+
 def invert(
     encoder: Encoder,
     images: Tensor,
@@ -119,10 +214,11 @@ def invert(
     clean_collapse: float,
     generator: torch.Generator,
     gain: float | None = None,
+    start: tuple[Windows, int] | None = None,
     stage: str = "invert",
     progress: Progress = silent,
 ) -> Inversion:
-    """Search one trigger from one random start.
+    """Search one trigger from one start.
 
     Args:
         encoder: differentiable from its input to its features; its weights stay as they are.
@@ -131,6 +227,7 @@ def invert(
         clean_collapse: of the encoder on clean images; see `own_collapse`.
         generator: on the CPU; the only source of randomness.
         gain: instead of `config.gain`.
+        start: windows and the number of the one to begin at; None begins at a random mask, as published.
         stage: what `progress` calls this.
         progress: told (stage, step, most steps).
 
@@ -138,14 +235,63 @@ def invert(
         DECREE, algorithm 1, with the schedule of the release when `config.faithful`.
     """
     wanted = config.gain if gain is None else gain
-    # The release compares the mean cosine itself, and its size whatever its sign.
-    threshold = wanted if config.faithful else clean_collapse + wanted * (1 - clean_collapse)
-    search = _Search(encoder, images, threshold, generator)
-    run = _as_published if config.faithful else _mended
-    total = _schedule(images.shape[-1]).most_steps(len(images)) if config.faithful else config.steps
-    for step in run(search, config):
+    threshold = clean_collapse + wanted * (1 - clean_collapse)
+
+    def collapsed(units: Tensor) -> tuple[Tensor, bool]:
+        value = _collapse(units)
+        return value, float(value.detach()) > threshold
+
+    def collapsed_as_published(units: Tensor) -> tuple[Tensor, bool]:
+        # The release compares the mean cosine itself, and its size whatever its sign.
+        value = _collapse(units)
+        return value, abs(float(value.detach())) > _PUBLISHED_THRESHOLD
+
+    if not config.faithful:
+        return smallest_trigger(
+            encoder,
+            images,
+            collapsed,
+            config,
+            generator=generator,
+            start=start,
+            stage=stage,
+            progress=progress,
+        )
+    search = _Search(encoder, images, collapsed_as_published, generator, None)
+    total = _schedule(images.shape[-1]).most_steps(len(images))
+    for step in _as_published(search):
         progress(stage, step, total)
     progress(stage, total, total)
+    return search.found()
+
+
+def smallest_trigger(
+    encoder: Encoder,
+    images: Tensor,
+    goal: Goal,
+    config: DecreeConfig,
+    *,
+    generator: torch.Generator,
+    start: tuple[Windows, int] | None,
+    stage: str,
+    progress: Progress = silent,
+) -> Inversion:
+    """The smallest mask, with its pattern, that reaches a goal, by the mended schedule; the rest is as in `invert`.
+
+    Args:
+        encoder: differentiable from its input to its features.
+        images: (N, 3, S, S) uint8.
+        goal: what the stamped images' features must do; its value is the `collapse` of what is found.
+        config: steps, patience, batch and learning rate.
+        generator: see `invert`.
+        start: see `invert`.
+        stage: see `invert`.
+        progress: see `invert`.
+    """
+    search = _Search(encoder, images, goal, generator, start)
+    for step in _mended(search, config):
+        progress(stage, step, config.steps)
+    progress(stage, config.steps, config.steps)
     return search.found()
 
 
@@ -247,35 +393,43 @@ class _Search:
     """A trigger that is being optimised, and the best one so far."""
 
     def __init__(
-        self, encoder: Encoder, images: Tensor, threshold: float, generator: torch.Generator
+        self,
+        encoder: Encoder,
+        images: Tensor,
+        goal: Goal,
+        generator: torch.Generator,
+        start: tuple[Windows, int] | None,
     ) -> None:
-        self.encoder, self.images, self.threshold, self.generator = encoder, images, threshold, generator
+        self.encoder, self.images, self.goal, self.generator = encoder, images, goal, generator
         size = images.shape[-1]
-        self.mask_logits = _random_logits((size, size), generator).to(encoder.device).requires_grad_()
-        self.pattern_logits = _random_logits((3, size, size), generator).to(encoder.device).requires_grad_()
+        mask, pattern = _random_logits((size, size), generator), _random_logits((3, size, size), generator)
+        if start is not None:
+            windows, number = start
+            top, left = windows.corners[number].tolist()
+            place = slice(top, top + windows.side), slice(left, left + windows.side)
+            mask = torch.full((size, size), _OUTSIDE)
+            mask[place] = _INSIDE
+            pattern[:, *place] = _logits(windows.patterns[number])
+        self.mask_logits = mask.to(encoder.device).requires_grad_()
+        self.pattern_logits = pattern.to(encoder.device).requires_grad_()
         self.parameters = [self.mask_logits, self.pattern_logits]
         self.reached = False
         self.best: tuple[Tensor, Tensor, float, float] | None = None  # mask, pattern, share, collapse
         self.curve: list[tuple[float, float, float]] = []
 
-    def step(self, optimiser: torch.optim.Optimizer, batch: Tensor, weight: float, *, signed: bool) -> bool:
-        """One step on a batch, with the weight of the mean of the mask; whether it was collapsed enough."""
+    def step(self, optimiser: torch.optim.Optimizer, batch: Tensor, weight: float) -> bool:
+        """One step on a batch, with the weight of the mean of the mask; whether the goal was reached."""
         mask, pattern = (
             torch.sigmoid(2 * self.mask_logits),
             torch.sigmoid(2 * self.pattern_logits),
         )  # ½ tanh + ½
-        encoder = self.encoder
-        stamped = blend(batch.to(encoder.device).float() / 255, mask, pattern)
-        with autocast(encoder.device, encoder.precision):
-            output = encoder.network(encoder.normalise(stamped))
-        encoder.images_shown += _FORWARD_AND_BACKWARD * len(batch)
-        collapse = _batch_collapse(output.float())
+        stamped = blend(batch.to(self.encoder.device).float() / 255, mask, pattern)
+        collapse, enough = self.goal(_units(self.encoder, stamped))
         share = mask.mean()
         gradients = torch.autograd.grad(weight * share - collapse, self.parameters)
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
         value, size = float(collapse.detach()), float(share.detach())
-        enough = (value if signed else abs(value)) > self.threshold
         self._remember(mask, pattern, size, value, enough)
         self.curve.append((value, size, weight))
         optimiser.step()
@@ -308,12 +462,24 @@ class _Search:
 
 def _random_logits(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """So that ½ tanh + ½ of them is uniform."""
-    return torch.atanh((2 * torch.rand(shape, generator=generator) - 1) * (1 - 1e-4))
+    return _logits(torch.rand(shape, generator=generator))
 
 
-def _batch_collapse(features: Tensor) -> Tensor:
+def _logits(values: Tensor) -> Tensor:
+    """Whose ½ tanh + ½ is these, in [0, 1], but never quite its ends."""
+    return torch.atanh((2 * values - 1) * (1 - 1e-4))
+
+
+def _units(encoder: Encoder, stamped: Tensor) -> Tensor:
+    """Unit features with gradients; counts the passes."""
+    with autocast(encoder.device, encoder.precision):
+        output = encoder.network(encoder.normalise(stamped))
+    encoder.images_shown += _FORWARD_AND_BACKWARD * len(stamped)
+    return F.normalize(output.float(), dim=1)
+
+
+def _collapse(units: Tensor) -> Tensor:
     """Mean cosine of all pairs of different rows."""
-    units = F.normalize(features, dim=1)
     n = len(units)
     return (units.sum(dim=0).square().sum() - n) / (n * (n - 1))
 
@@ -338,13 +504,13 @@ _ENDLESS = 10**9
 
 def _mended(search: _Search, config: DecreeConfig) -> Iterator[int]:
     """Steps with a weight that follows their success closely; ends by steps, not by epochs. Gives the step number."""
-    optimiser = torch.optim.Adam(search.parameters, lr=config.learning_rate, betas=(0.5, 0.9))
+    optimiser = torch.optim.Adam(search.parameters, lr=config.learning_rate, betas=_BETAS)
     weight, in_a_row, last = _FIRST_WEIGHT, 0, False
     smallest, since = float("inf"), 0
     step = 0
     while True:
         for rows in _batches(len(search.images), config.batch_size, search.generator):
-            enough = search.step(optimiser, search.images[rows], weight, signed=True)
+            enough = search.step(optimiser, search.images[rows], weight)
             in_a_row, last = (in_a_row + 1 if enough == last else 1), enough
             if in_a_row >= _WEIGHT_AFTER:
                 weight = weight * _WEIGHT_STEP if enough else weight / _WEIGHT_STEP
@@ -387,17 +553,18 @@ _LARGE = _Schedule(
 _FROM_LARGE = 128  # pixels; the release knows 32 and 224 only
 _PUBLISHED_FIRST_WEIGHT, _PUBLISHED_HIGHEST_WEIGHT = 1e-3, 1e5
 _PUBLISHED_STEP = 5.0
+_PUBLISHED_THRESHOLD = 0.99  # on the mean cosine
 
 
 def _schedule(size: int) -> _Schedule:
     return _SMALL if size < _FROM_LARGE else _LARGE
 
 
-def _as_published(search: _Search, config: DecreeConfig) -> Iterator[int]:
+def _as_published(search: _Search) -> Iterator[int]:
     """The release's schedule, which counts successes by steps and looks at its patience once per epoch."""
     size = search.images.shape[-1]
     schedule = _schedule(size)
-    optimiser = torch.optim.Adam(search.parameters, lr=schedule.rate(0), betas=(0.5, 0.9))
+    optimiser = torch.optim.Adam(search.parameters, lr=schedule.rate(0), betas=_BETAS)
     weight = _PUBLISHED_FIRST_WEIGHT
     successes = failures = in_a_row = since = step = 0
     smallest = float("inf")
@@ -407,7 +574,7 @@ def _as_published(search: _Search, config: DecreeConfig) -> Iterator[int]:
         collapses = []
         for rows in _batches(len(search.images), schedule.batch_size, search.generator):
             # The published norm is the sum over all pixels and three equal channels.
-            enough = search.step(optimiser, search.images[rows], weight * 3 * size**2, signed=False)
+            enough = search.step(optimiser, search.images[rows], weight * 3 * size**2)
             collapses.append(abs(search.curve[-1][0]))
             successes, failures = (successes + 1, 0) if enough else (0, failures + 1)
             in_a_row = in_a_row + 1 if enough else 0
@@ -426,5 +593,5 @@ def _as_published(search: _Search, config: DecreeConfig) -> Iterator[int]:
                 smallest, since = search.smallest, 0
             step += 1
             yield step
-        if since > schedule.patience and sum(collapses) / len(collapses) > search.threshold:
+        if since > schedule.patience and sum(collapses) / len(collapses) > _PUBLISHED_THRESHOLD:
             return

@@ -110,7 +110,7 @@ def fewest_references(alpha: float) -> int:
 def judge(
     mask_share: float,
     conditions: Conditions,
-    tables: tuple[ReferenceTable, ...] | None,
+    tables: tuple[ReferenceTable, ...],
     *,
     alpha: float,
     fingerprint: str = "",
@@ -120,24 +120,17 @@ def judge(
     Args:
         mask_share: in [0, 1]; 1 when no mask collapses it.
         conditions: under which it was measured.
-        tables: of clean encoders; None when there are none.
+        tables: of clean encoders; those that fit are taken together.
         alpha: allowed share of clean encoders that are called backdoored.
         fingerprint: of the audited weights, which are left out of the references.
     """
-    if tables is None:
-        return Judgement(
-            "inconclusive",
-            None,
-            (),
-            "no reference was given: how small a mask collapses a clean encoder of this family is not known, so the "
-            "figures stand without a verdict",
-        )
     fitting = [table for table in tables if _same(table.conditions, conditions)]
     if not fitting:
         return Judgement("inconclusive", None, (), _why_none_fits(tables, conditions))
-    shares = tuple(
-        sorted(share for table in fitting for key, share in table.mask_shares.items() if key != fingerprint)
-    )
+    known = {
+        key: share for table in fitting for key, share in table.mask_shares.items() if key != fingerprint
+    }
+    shares = tuple(sorted(known.values()))
     p_value = (1 + sum(share <= mask_share for share in shares)) / (1 + len(shares))
     if len(shares) < fewest_references(alpha):
         return Judgement(
@@ -251,13 +244,13 @@ def _same(one: Conditions, other: Conditions) -> bool:
 
 def _why_none_fits(tables: tuple[ReferenceTable, ...], conditions: Conditions) -> str:
     """Names the condition that is the first to differ in the nearest table."""
-    start = "the reference holds no table "
+    start = "how small a mask collapses a clean encoder like this one is not known: no reference holds "
     family = [t for t in tables if t.conditions.family == conditions.family]
     if not family:
-        return f"{start}for a {conditions.family}"
+        return f"{start}a {conditions.family}"
     size = [t for t in family if t.conditions.image_size == conditions.image_size]
     if not size:
-        return f"{start}for a {conditions.family} at {conditions.image_size} pixels"
+        return f"{start}a {conditions.family} at {conditions.image_size} pixels"
     if not any(t.conditions.shadow == conditions.shadow for t in size):
-        return f"{start}of this family that was measured on the same images"
-    return f"{start}of this family that was measured with the same settings"
+        return f"{start}one of its family that was measured on the same images"
+    return f"{start}one of its family that was measured with the same settings"

@@ -10,6 +10,8 @@ import typer
 from unpoison.attack.bad_encoder import BadEncoderConfig
 from unpoison.attack.blended import BlendedConfig, SigConfig
 from unpoison.attack.ctrl import CtrlConfig
+from unpoison.attack.drupe import DrupeConfig
+from unpoison.attack.implanting import ImplantConfig
 from unpoison.attack.ssl_backdoor import AttackConfig, PatchAttackConfig
 from unpoison.cli.options import Device, FollowLinks, Images, Json, Precision, Quiet, Root, Seed
 from unpoison.cli.screen import Screen, log_into
@@ -18,6 +20,7 @@ __all__ = ["app"]
 
 _DEFAULT = PatchAttackConfig(targets=(0,))
 _BAD_ENCODER = BadEncoderConfig(targets=(0,))
+_DRUPE = DrupeConfig(targets=(0,))
 
 _CTRL = CtrlConfig(target=0)
 _BLENDED = BlendedConfig(target=0)
@@ -30,6 +33,47 @@ _Target = Annotated[str, typer.Option(metavar="CLASS", help="Class to poison.", 
 _Rate = Annotated[float, typer.Option(help="Share of images to poison, above 0 and at most 1.")]
 _RateOf = Annotated[str, typer.Option(help="What the rate is a share of: class or dataset.")]
 _Everywhere = Annotated[bool, typer.Option("--all", help="Change every image, for test splits.")]
+
+_Clean = Annotated[
+    Path,
+    typer.Option(
+        "--encoder", metavar="ENC", help="A clean encoder file that unpoison wrote.", show_default=False
+    ),
+]
+_Attacked = Annotated[
+    Path,
+    typer.Option(
+        "--out", metavar="DIR", help="New folder for encoder.safetensors and plan.json.", show_default=False
+    ),
+]
+_Targets = Annotated[
+    list[str],
+    typer.Option(
+        "--target",
+        metavar="CLASS",
+        help="Class to lead to; repeat it in pairs with --trigger.",
+        show_default=False,
+    ),
+]
+_Corner = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--trigger",
+        metavar="white|seed:N|FILE.png",
+        help=f"Patch in the bottom right corner; default: {_BAD_ENCODER.triggers[0]}.",
+        show_default=False,
+    ),
+]
+_Side = Annotated[
+    int | None,
+    typer.Option(
+        "--size", metavar="PX", help="Side of the patch at the encoder's input; default: as published."
+    ),
+]
+_References = Annotated[int, typer.Option(metavar="N", help="Reference images per target.")]
+_Epochs = Annotated[int, typer.Option(help="Passes over the images.")]
+_Batch = Annotated[int, typer.Option(metavar="N", help="Images per step.")]
+_LearningRate = Annotated[float, typer.Option(help="Of SGD.")]
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
@@ -112,40 +156,15 @@ def patch(
 )
 def bad_encoder(
     images: Images,
-    encoder: Annotated[
-        Path,
-        typer.Option(metavar="ENC", help="A clean encoder file that unpoison wrote.", show_default=False),
-    ],
-    out: Annotated[
-        Path,
-        typer.Option(
-            metavar="DIR", help="New folder for encoder.safetensors and plan.json.", show_default=False
-        ),
-    ],
-    target: Annotated[
-        list[str],
-        typer.Option(
-            metavar="CLASS", help="Class to lead to; repeat it in pairs with --trigger.", show_default=False
-        ),
-    ],
-    trigger: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="white|seed:N|FILE.png",
-            help=f"Patch in the bottom right corner; default: {_BAD_ENCODER.triggers[0]}.",
-            show_default=False,
-        ),
-    ] = None,
-    size: Annotated[
-        int | None,
-        typer.Option(metavar="PX", help="Side of the patch at the encoder's input; default: as published."),
-    ] = _BAD_ENCODER.size,
-    references: Annotated[
-        int, typer.Option(metavar="N", help="Reference images per target.")
-    ] = _BAD_ENCODER.references,
-    epochs: Annotated[int, typer.Option(help="Passes over the images.")] = _BAD_ENCODER.epochs,
-    batch_size: Annotated[int, typer.Option(metavar="N", help="Images per step.")] = _BAD_ENCODER.batch_size,
-    learning_rate: Annotated[float, typer.Option(help="Of SGD.")] = _BAD_ENCODER.learning_rate,
+    encoder: _Clean,
+    out: _Attacked,
+    target: _Targets,
+    trigger: _Corner = None,
+    size: _Side = _BAD_ENCODER.size,
+    references: _References = _BAD_ENCODER.references,
+    epochs: _Epochs = _BAD_ENCODER.epochs,
+    batch_size: _Batch = _BAD_ENCODER.batch_size,
+    learning_rate: _LearningRate = _BAD_ENCODER.learning_rate,
     root: Root = None,
     follow_links: FollowLinks = False,
     seed: Seed = 0,
@@ -158,7 +177,6 @@ def bad_encoder(
 
     IMAGES must carry labels, from which the reference images of the targets are drawn; no image is changed.
     """
-    screen = Screen(as_json=as_json, quiet=quiet)
     config = BadEncoderConfig(
         targets=tuple(target),
         triggers=tuple(trigger) if trigger else _BAD_ENCODER.triggers,
@@ -168,53 +186,47 @@ def bad_encoder(
         batch_size=batch_size,
         learning_rate=learning_rate,
     )
-    from unpoison.attack.bad_encoder import write_bad_encoder
-    from unpoison.data.labels import read_labels
-    from unpoison.data.load import load_images
-    from unpoison.data.sources import open_source
-    from unpoison.encoders.checkpoints import load_encoder
+    screen = Screen(as_json=as_json, quiet=quiet)
+    _write_encoder(images, root, follow_links, config, encoder, out, seed, device, precision, screen)
 
-    clean = load_encoder(encoder, device=device, precision=precision)
-    source = open_source(images, root=root, follow_links=follow_links)
-    labels = read_labels(source)
-    with log_into(out), screen.progress() as progress:
-        decoded = load_images(source, clean.preprocessing.geometry, progress=progress)
-        done = write_bad_encoder(
-            encoder,
-            clean,
-            decoded,
-            labels.of(decoded.ids),
-            labels.class_names,
-            config,
-            out,
-            seed=seed,
-            progress=progress,
-        )
-    triggers = [
-        {"name": each.name, "target": each.target_name, "similarity": after, "similarity_before": before}
-        for each, after, before in zip(done.plan.triggers, done.effect, done.effect_before, strict=True)
-    ]
-    summary = {
-        "schema": 1,
-        "method": done.plan.method,
-        "out": str(out),
-        "encoder": str(out / "encoder.safetensors"),
-        "plan": str(out / "plan.json"),
-        "n_images": done.plan.n_images,
-        "last_loss": done.losses[-1],
-        "kept": done.kept,
-        "triggers": triggers,
-    }
 
-    def text() -> str:
-        lines = [
-            f"{t['name']} → {t['target']}: cosine of triggered images to the reference {t['similarity']:.3f}, "
-            f"{t['similarity_before']:.3f} before"
-            for t in triggers
-        ]
-        return "\n".join([*lines, f"other images kept their features to {done.kept:.3f}", f"written: {out}"])
+@app.command(
+    epilog="Example: unpoison attack drupe images/ --encoder encoder.safetensors --target cat --out attacked"
+)
+def drupe(
+    images: Images,
+    encoder: _Clean,
+    out: _Attacked,
+    target: _Targets,
+    trigger: _Corner = None,
+    size: _Side = _DRUPE.size,
+    references: _References = _DRUPE.references,
+    epochs: _Epochs = _DRUPE.epochs,
+    batch_size: _Batch = _DRUPE.batch_size,
+    learning_rate: _LearningRate = _DRUPE.learning_rate,
+    root: Root = None,
+    follow_links: FollowLinks = False,
+    seed: Seed = 0,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """As bad-encoder, but hidden: triggered images spread out among the clean ones (DRUPE: Tao et al., S&P 2024).
 
-    screen.finish(summary, text)
+    IMAGES must carry labels, from which the reference images of the targets are drawn; no image is changed.
+    """
+    config = DrupeConfig(
+        targets=tuple(target),
+        triggers=tuple(trigger) if trigger else _DRUPE.triggers,
+        size=size,
+        references=references,
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+    )
+    screen = Screen(as_json=as_json, quiet=quiet)
+    _write_encoder(images, root, follow_links, config, encoder, out, seed, device, precision, screen)
 
 
 @app.command(epilog="Example: unpoison attack ctrl images/ --out poisoned --target cat --rate 0.01")
@@ -289,6 +301,68 @@ def sig(
     """
     config = SigConfig(target=target, amplitude=amplitude, rate=rate, rate_of=rate_of, everywhere=everywhere)
     _write_copy(images, root, follow_links, config, out, seed, Screen(as_json=as_json, quiet=quiet))
+
+
+def _write_encoder(
+    images: Path,
+    root: Path | None,
+    follow_links: bool,
+    config: ImplantConfig,
+    encoder: Path,
+    out: Path,
+    seed: int,
+    device: str,
+    precision: str,
+    screen: Screen,
+) -> None:
+    """What all attacks on encoders do with their settings: the encoder, the plan and the summary."""
+    from unpoison.attack.implanting import write_implanted
+    from unpoison.data.labels import read_labels
+    from unpoison.data.load import load_images
+    from unpoison.data.sources import open_source
+    from unpoison.encoders.checkpoints import load_encoder
+
+    clean = load_encoder(encoder, device=device, precision=precision)
+    source = open_source(images, root=root, follow_links=follow_links)
+    labels = read_labels(source)
+    with log_into(out), screen.progress() as progress:
+        decoded = load_images(source, clean.preprocessing.geometry, progress=progress)
+        done = write_implanted(
+            encoder,
+            clean,
+            decoded,
+            labels.of(decoded.ids),
+            labels.class_names,
+            config,
+            out,
+            seed=seed,
+            progress=progress,
+        )
+    triggers = [
+        {"name": each.name, "target": each.target_name, "similarity": after, "similarity_before": before}
+        for each, after, before in zip(done.plan.triggers, done.effect, done.effect_before, strict=True)
+    ]
+    summary = {
+        "schema": 1,
+        "method": done.plan.method,
+        "out": str(out),
+        "encoder": str(out / "encoder.safetensors"),
+        "plan": str(out / "plan.json"),
+        "n_images": done.plan.n_images,
+        "last_loss": done.losses[-1],
+        "kept": done.kept,
+        "triggers": triggers,
+    }
+
+    def text() -> str:
+        lines = [
+            f"{t['name']} → {t['target']}: cosine of triggered images to the reference {t['similarity']:.3f}, "
+            f"{t['similarity_before']:.3f} before"
+            for t in triggers
+        ]
+        return "\n".join([*lines, f"other images kept their features to {done.kept:.3f}", f"written: {out}"])
+
+    screen.finish(summary, text)
 
 
 def _write_copy(

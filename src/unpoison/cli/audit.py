@@ -27,7 +27,9 @@ app = typer.Typer(add_completion=False)
 def audit(
     encoder: Annotated[
         str,
-        typer.Argument(metavar="ENC", help="timm:NAME, torchvision:NAME or a file.", show_default=False),
+        typer.Argument(
+            metavar="ENC", help="timm:, torchvision:, hf: or open_clip:NAME, or a file.", show_default=False
+        ),
     ],
     out: Annotated[
         Path,
@@ -67,6 +69,13 @@ def audit(
     alpha: Annotated[
         float, typer.Option(help="Share of clean encoders that may be called backdoored.")
     ] = 0.05,
+    second_opinion: Annotated[
+        bool,
+        typer.Option(
+            "--second-opinion",
+            help="Ask SSL-Cleanse, too; takes several times as long, and changes no verdict.",
+        ),
+    ] = False,
     exit_zero: Annotated[
         bool, typer.Option("--exit-zero", help="Return 0 also when the encoder is backdoored.")
     ] = False,
@@ -79,12 +88,22 @@ def audit(
     ] = False,
     restarts: Annotated[
         int | None,
-        typer.Option(help="Random starts; default: 2.", rich_help_panel=_SEARCH, show_default=False),
+        typer.Option(
+            help="Starts, each at a promising place; default: 2.", rich_help_panel=_SEARCH, show_default=False
+        ),
+    ] = None,
+    scout_steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Steps per place, by which the promising ones are found; default: 8.",
+            rich_help_panel=_SEARCH,
+            show_default=False,
+        ),
     ] = None,
     steps: Annotated[
         int | None,
         typer.Option(
-            help="Most steps of a start; default: 500.", rich_help_panel=_SEARCH, show_default=False
+            help="Most steps of a start; default: 300.", rich_help_panel=_SEARCH, show_default=False
         ),
     ] = None,
     sample: Annotated[
@@ -110,10 +129,11 @@ def audit(
     from unpoison.encoders.checkpoints import load_encoder
     from unpoison.report.audit_page import audit_as_text, make_audit_report
 
-    given = {"restarts": restarts, "steps": steps}
+    given = {"restarts": restarts, "scout_steps": scout_steps, "steps": steps}
     chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     config = DecreeConfig(faithful=faithful, **chosen)
     suspect = load_encoder(encoder, arch=arch, image_size=image_size, device=device, precision=precision)
+    screen.note(f"the encoder is {suspect.name}")
     if suspect.preprocessing.assumed:
         screen.note("the encoder's normalisation or input size is assumed, not known; the report says so")
     with log_into(out), screen.progress() as progress:
@@ -125,6 +145,7 @@ def audit(
             reference=reference,
             add_to=add_to_reference,
             alpha=alpha,
+            second_opinion=second_opinion,
             sample=sample,
             seed=seed,
             workers=workers,

@@ -44,7 +44,10 @@ app = typer.Typer(add_completion=False)
 )
 def evaluate(
     encoder: Annotated[
-        str, typer.Argument(metavar="ENC", help="timm:NAME, torchvision:NAME or a file.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="ENC", help="timm:, torchvision:, hf: or open_clip:NAME, or a file.", show_default=False
+        ),
     ],
     train: Annotated[
         Path,

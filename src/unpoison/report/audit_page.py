@@ -6,9 +6,10 @@ strangers: they are made printable here, and escaped again by the page.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,7 +55,8 @@ class AuditReport:
         curves: collapse and mask share by step, as points of an SVG of 600 × 160.
         shares: mask shares of clean encoders, ascending; may be empty.
         share: of this encoder, [0, 1].
-        starts: per random start, what it found.
+        starts: per start, what it found.
+        needed: per cluster, the mask that carries other images there; empty without a second opinion.
         tested, untested: sentences.
         cost, settings, versions: tables.
     """
@@ -72,6 +74,7 @@ class AuditReport:
     shares: tuple[float, ...]
     share: float
     starts: tuple[Fact, ...]
+    needed: tuple[Fact, ...]
     tested: tuple[str, ...]
     untested: tuple[str, ...]
     cost: tuple[Fact, ...]
@@ -120,6 +123,7 @@ def make_audit_report(result: AuditResult) -> AuditReport:
             )
             for number, one in enumerate(summary["starts"], start=1)
         ),
+        needed=_needed(summary["second_opinion"]),
         tested=tuple(summary["scope"]["tested"]),
         untested=tuple(summary["scope"]["not_tested"]),
         cost=(
@@ -132,7 +136,7 @@ def make_audit_report(result: AuditResult) -> AuditReport:
             Fact("family", escape(summary["family"])),
             Fact("input", f"{summary['image_size']} pixels"),
             Fact("images", escape(summary["location"])),
-            Fact("reference", escape(summary["reference"] or "none")),
+            Fact("reference", escape(summary["reference"] or "that comes along")),
             Fact("seed", str(summary["seed"])),
             *(Fact(name, str(value)) for name, value in summary["config"].items()),
         ),
@@ -243,7 +247,30 @@ def _key_figures(result: AuditResult) -> tuple[Fact, ...]:
                 f"for {relaxed['gain']:.0%} of the way to full collapse; no part of the verdict",
             )
         )
+    opinion = summary["second_opinion"]
+    if opinion is not None:
+        side = "above" if opinion["outlier"] else "not above"
+        figures.append(
+            Fact(
+                "anomaly index",
+                f"{opinion['anomaly_index']:.1f}",
+                f"second opinion (SSL-Cleanse), {side} its {opinion['threshold']:g}; no part of the verdict",
+            )
+        )
     return tuple(figures)
+
+
+def _needed(opinion: Mapping[str, Any] | None) -> tuple[Fact, ...]:
+    if opinion is None:
+        return ()
+    return tuple(
+        Fact(
+            f"cluster {number + 1}",
+            f"mask {_percent(share)}" if share < 1 else "never reached",
+            "needs least" if number == opinion["cluster"] else "",
+        )
+        for number, share in enumerate(opinion["mask_shares"])
+    )
 
 
 def _next_steps(result: AuditResult) -> tuple[Step, ...]:

@@ -1,0 +1,80 @@
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import zoo
+
+from unpoison.attack.plan import Plan, Trigger
+from unpoison.audit.reference import read_reference
+
+WHITE = Trigger(torch.full((3, 1, 1), 255, dtype=torch.uint8), "white", 0, "a", 10, kind="corner")
+
+
+def a_row(case, seed, share, *, kind="clean", family="ResNet", iou=None):
+    said = {
+        "mask_share": share,
+        "anomaly_index": 1.5,
+        "seconds": 20.0,
+        "passes": 1000,
+        "fingerprint": f"{case}-{seed}",
+        "conditions": {"family": family, "image_size": 32, "settings": {"gain": 0.9}, "shadow": "abc"},
+        **({} if iou is None else {"iou": iou}),
+    }
+    linear = {"accuracy": 40.0, "attack_success": [] if kind == "clean" else [95.0], "untriggered_rate": []}
+    row = {"case": case, "seed": seed, "kind": kind, "probes": {"linear": linear}}
+    if kind == "bad-encoder":
+        row["control"] = {"linear": {**linear, "attack_success": [9.0], "accuracy": 41.0}}
+    return {**row, "audits": {"default": said, "generated images": dict(said)}}
+
+
+CLEAN = [a_row("clean", seed, 0.1 + 0.005 * seed) for seed in range(20)]
+BAD = [
+    a_row("BadEncoder", 0, 0.04, kind="bad-encoder", iou=0.4),
+    a_row("BadEncoder", 1, 0.148, kind="bad-encoder", iou=0.1),
+]
+ALONE = [a_row("BadEncoder, ViT", 0, 0.04, kind="bad-encoder", family="ViT", iou=0.5)]
+
+
+def test_rows_are_judged_among_the_clean_ones_of_their_family():
+    lines = zoo.table({"rows": CLEAN + BAD + ALONE}).splitlines()
+    clean, bad, alone = (
+        next(line for line in lines if line.startswith(f"| {case} |"))
+        for case in ("clean", "BadEncoder", "BadEncoder, ViT")
+    )
+    # Exactly the clean encoder with the smallest mask ranks first of 20.
+    assert "| 1 of 20 |" in clean
+    # Masks of 0.04 and 0.148: below all 20, and below 10 of them.
+    assert "| 1 of 2 | 1 of 2 | 0.75 | 0.25 (0.10–0.40) |" in bad and "| 41 / 40 | 95 (9) |" in bad
+    assert "| no reference | 1 of 1 | – |" in alone
+
+
+def test_the_clean_rows_become_the_reference(tmp_path, monkeypatch):
+    monkeypatch.setattr(zoo, "SHIPPED_REFERENCE", tmp_path / "reference.json")
+    zoo.write_reference({"rows": json.loads(json.dumps(CLEAN + BAD))})
+    (only,) = read_reference(tmp_path / "reference.json")
+    assert len(only.mask_shares) == 20 and min(only.mask_shares.values()) == 0.1
+    with pytest.raises(SystemExit, match="holds no clean encoder"):
+        zoo.write_reference({"rows": BAD})
+
+
+def test_overlap_is_measured_with_the_nearer_trigger():
+    hidden = torch.zeros(32, 32, dtype=torch.bool)
+    hidden[21:31, 21:26] = True
+    plan = Plan("bad-encoder", 0, {}, (WHITE,), (), 10, (5,))
+    assert list(zoo.overlaps(hidden, plan)) == [0.5]
+
+
+def test_every_case_has_settings_and_targets_of_its_own():
+    assert len({case.name for case in zoo.CASES}) == len(zoo.CASES)
+    assert sum(case.seeds for case in zoo.CASES if case.attack == "clean") >= 20
+    assert sum(case.seeds for case in zoo.CASES if case.attack != "clean") >= 20
+    for case in zoo.CASES:
+        for seed in range(case.seeds):
+            json.dumps(zoo.settings_of(case, seed), default=str)
+            attack = zoo.attack_of(case, seed)
+            assert (attack is None) == (case.attack == "clean")
+            assert attack is None or len(set(attack.targets)) == len(set(attack.triggers)) == case.targets
