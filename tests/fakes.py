@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
 import torch
 
-from unpoison.records import Box, Evidence, ScanResult, TriggerFinding, Verdict
+from unpoison.records import BenignPattern, Box, Evidence, ScanResult, TriggerFinding, Verdict
 
 
 def fake_result(
@@ -126,3 +127,20 @@ def fake_result(
         **summary,
     }
     return ScanResult(verdict, findings, triggers, evidence, content)
+
+
+def with_benign_pattern(result: ScanResult, n_sources: int = 7) -> ScanResult:
+    """The same result with a flat square that recurs in its last images and steers nothing."""
+    ids = tuple(result.findings.loc[result.findings["skip_reason"].isna(), "id"])[-n_sources:]
+    pattern = BenignPattern(
+        flip_rate=0.02,
+        control_rate=0.01,
+        n_sources=n_sources,
+        source_ids=ids,
+        boxes=(Box(1, 2, 8, 8),) * n_sources,
+        patches=torch.full((n_sources, 3, 8, 8), 200, dtype=torch.uint8),
+        image="benign/pattern-1.png",
+    )
+    entry = {"flip_rate": 0.02, "control_rate": 0.01, "n_sources": n_sources, "sources": list(ids)}
+    summary = {**result.summary, "benign_patterns": [{**entry, "image": pattern.image}]}
+    return replace(result, summary=summary, benign_patterns=(pattern,))

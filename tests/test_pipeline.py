@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from toys import planted_encoder, planted_images, planted_patterns
-from unpoison import pipeline
+from unpoison import patch_pipeline, pipeline
 from unpoison.errors import ConfigError, NothingToScanError, NoVerdictError
 from unpoison.pretrain.loop import PretrainConfig
 from unpoison.records import Box, ImageSet, ScanResult, Skipped
@@ -34,9 +34,9 @@ def quick_classifier() -> Any:
     """A classifier that learns nothing, in no time; the test that looks at its answer takes a better one."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(
-            pipeline,
-            "ClassifierConfig",
-            partial(ClassifierConfig, networks=1, iterations=4, width=4, batch_size=16),
+            ClassifierConfig,
+            "of_scan",
+            lambda scan: ClassifierConfig(networks=1, iterations=4, width=4, batch_size=16),
         )
         yield
 
@@ -83,9 +83,9 @@ def forbidden(*_: object, **__: object) -> None:
 
 def test_poison_is_found_ranked_and_flagged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        pipeline,
-        "ClassifierConfig",
-        partial(ClassifierConfig, networks=1, iterations=150, width=8, batch_size=32),
+        ClassifierConfig,
+        "of_scan",
+        lambda scan: ClassifierConfig(networks=1, iterations=150, width=8, batch_size=32),
     )
     images, boxes = planted_images(400, 40, torch.Generator().manual_seed(0))
     config = dataclasses.replace(CONFIG, clusters=25, exploit=60)
@@ -102,11 +102,21 @@ def test_poison_is_found_ranked_and_flagged(monkeypatch: pytest.MonkeyPatch) -> 
     assert set(trigger.source_ids) <= boxes.keys() and set(trigger.source_ids) <= set(result.flagged)
 
 
+def test_without_a_filter_only_confirmed_sources_are_flagged(
+    reference: Scanned, poisoned: tuple[Any, Any]
+) -> None:
+    config = dataclasses.replace(CONFIG, filter_steps=0)
+    result = pipeline.scan(poisoned[0], planted_encoder(), config=config)
+    sources = {source for trigger in reference.result.triggers for source in trigger.source_ids}
+    assert result.verdict == "poisoned" and set(result.flagged) == sources <= set(poisoned[1])
+    assert result.findings["poison_probability"].isna().all() and "classifier" not in result.summary["stages"]
+
+
 @pytest.mark.parametrize("window", [8, 9, 11])
 def test_every_window_holds_the_whole_trigger(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A catch rate of 1, also where masks half a window apart frame no trigger exactly."""
     images, boxes = planted_images(400, 40, torch.Generator().manual_seed(0))
-    monkeypatch.setattr(pipeline, "train_poison_classifier", lambda *_, **__: AllKnowing(images, boxes))
+    monkeypatch.setattr(patch_pipeline, "train_poison_classifier", lambda *_, **__: AllKnowing(images, boxes))
     config = dataclasses.replace(CONFIG, clusters=25, window=window, exploit=60)
     result = pipeline.scan(images, planted_encoder(), config=config)
     trigger = result.triggers[0]
@@ -123,7 +133,7 @@ def test_each_trigger_is_a_finding_of_its_own(
     patterns = planted_patterns(count)
     images, boxes = planted_images(160, 16, torch.Generator().manual_seed(0), pattern=patterns)
     kind = {name: images.ids.index(name) % 8 for name in boxes}
-    monkeypatch.setattr(pipeline, "train_poison_classifier", lambda *_, **__: AllKnowing(images, boxes))
+    monkeypatch.setattr(patch_pipeline, "train_poison_classifier", lambda *_, **__: AllKnowing(images, boxes))
     config = ScanConfig(clusters=12, window=11, n_flips=12, exploit=40)
     result = pipeline.scan(images, planted_encoder(patterns), config=config, out=tmp_path)
 
@@ -278,9 +288,9 @@ def test_a_run_that_is_stopped_again_and_again_ends_like_one_that_was_not(
             load_result(out)
 
     with monkeypatch.context() as patched:  # what is done is not done again
-        patched.setattr(pipeline, "extract_features", forbidden)
-        patched.setattr(pipeline, "kmeans", forbidden)
-        patched.setattr(pipeline, "confirm", forbidden)
+        patched.setattr(patch_pipeline, "extract_features", forbidden)
+        patched.setattr(patch_pipeline, "kmeans", forbidden)
+        patched.setattr(patch_pipeline, "confirm", forbidden)
         patched.setattr("unpoison.scan.search.Searcher.score", forbidden)
         result = pipeline.scan(images, planted_encoder(), config=CONFIG, out=out)
     pandas.testing.assert_frame_equal(result.findings, reference.result.findings)

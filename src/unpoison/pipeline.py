@@ -1,63 +1,45 @@
-"""The story in code: what happens to images on the way to a verdict, one call per stage.
+"""The story in code: what happens to images on the way to a verdict.
 
-images → encoder → features → clusters → search → confirmation → classifier → findings
+images → plan: patch search beside the spectral screen, one of them alone, or a detector → verdict, findings, report
+
+The patch search itself is told in `patch_pipeline`, that of a detector in `detector_pipeline`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
-import platform
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pandas
 import torch
 from torch import Tensor, nn
 
 from unpoison.data.load import as_image_set, usual_side
 from unpoison.data.sources import ImageSource, open_source
+from unpoison.detector_pipeline import (
+    DETECTOR_FILE,
+    DetectorBench,
+    detector_cost,
+    given_detector,
+    judge_images,
+)
 from unpoison.encoders.checkpoints import as_encoder, load_encoder, save_encoder
 from unpoison.encoders.encoder import Encoder, Preprocessing
-from unpoison.encoders.extract import extract_features
-from unpoison.errors import ConfigError, NothingToScanError, NoVerdictError
-from unpoison.functional.clustering import kmeans
+from unpoison.errors import ConfigError, NothingToScanError
+from unpoison.patch_pipeline import GLOBAL_TRIGGERS, PatchBench, search_patches
 from unpoison.pretrain.loop import PretrainConfig, pretrain
-from unpoison.records import (
-    Box,
-    Clusters,
-    Evidence,
-    Features,
-    Geometry,
-    ImageSet,
-    ScanResult,
-    TriggerFinding,
-    Verdict,
-)
+from unpoison.records import Geometry, ImageSet, ScanResult
 from unpoison.report.folder import write_report
 from unpoison.runs import MemoryRun, RunFolder, Stages, load_result
-from unpoison.runtime import Progress, silent, stage_generator
-from unpoison.scan.candidates import Candidates
-from unpoison.scan.config import PICTURES, TRIALS, ScanConfig, held_out_count
-from unpoison.scan.confirm import (
-    MANY_SOURCES,
-    SMALLEST_RATE,
-    Confirmation,
-    Finalist,
-    confirm,
-    find_finalists,
-)
+from unpoison.runtime import Progress, silent
+from unpoison.scan.config import SCREEN_SHARE, ScanConfig
 from unpoison.scan.cost import Rate, ScanCost, expected_cost, fit_budget, measure_rate
-from unpoison.scan.flip_test import FlipTest, nearest_rows
-from unpoison.scan.patchsearch import GradCamAttention
-from unpoison.scan.poison_classifier import ClassifierConfig, train_poison_classifier
-from unpoison.scan.poisoncam import MaskAttention
+from unpoison.scan.detector import Detector
 from unpoison.scan.power import power_statement
-from unpoison.scan.search import Attention, Searcher, directed_scores, elect, vote
+from unpoison.scan.spectral_dct import SpectralDctConfig, Waves, find_waves
 
 __all__ = ["FEWEST_IMAGES", "Images", "Preview", "preview", "scan"]
 
@@ -67,11 +49,11 @@ Images = str | Path | Opened
 FEWEST_IMAGES = 50
 """Readable images below which clusters, a search half and a confirmation half mean nothing."""
 
-Cached = Callable[[str, Callable[[], Candidates]], Candidates]
-
-_SECOND_LOOK_STEP = 100
-_SHARE_IN_ENCODER = 0.7
-"""Of the seconds that `max_seconds` leaves after the clusters; cutting, pasting and the report take the others."""
+_WAVES_TESTED = "waves in the chroma at single odd frequencies, as CTRL adds them, alike in many images"
+_OTHER_GLOBAL_TRIGGERS = (
+    "other triggers that cover the whole image: blended, warping, waves of brightness, waves at even or low "
+    "frequencies, waves that scaling to the encoder's input hides"
+)
 
 
 def scan(
@@ -79,6 +61,9 @@ def scan(
     encoder: Encoder | nn.Module | str | Path | None = None,
     *,
     config: ScanConfig | None = None,
+    detector: Detector | str | Path | None = None,
+    auxiliary: Images | None = None,
+    other: Encoder | nn.Module | str | Path | None = None,
     out: str | Path | None = None,
     preprocessing: Preprocessing | None = None,
     pretrain_config: PretrainConfig | None = None,
@@ -102,8 +87,14 @@ def scan(
     Args:
         images: a folder, parquet or tar shards, a list file; or in Python an `ImageSet`, a tensor (N, 3, H, W), paths.
         encoder: trained on the images, or thought to be; a reference (`timm:NAME`, a file), an `Encoder`, or a module
-            (then with `preprocessing`). None trains one on the images first.
-        config: what to look for and how hard.
+            (then with `preprocessing`). None trains one on the images first. The method `spectral-dct` takes none,
+            the other detectors must have one.
+        config: what to look for and how hard; `config.method` chooses between the patch search and a detector.
+        detector: for a method that is a detector: one that was made before, or its file.
+        auxiliary: for such a method: images like the judged ones, without labels, to fit and calibrate a detector on,
+            half each. Without them and without `detector` the judged images take their place; see
+            `scan.detector.judge` for what the verdict is then.
+        other: for `cross-encoder`: the second encoder, as `encoder`; a module has the same `preprocessing`.
         out: run folder with all files of a run; a run that was stopped goes on there, a finished one is returned.
             None keeps everything in memory.
         preprocessing: of a module.
@@ -134,32 +125,41 @@ def scan(
         raise ConfigError(f"min_coverage={min_coverage}: expected a share between 0 and 1")
     if batch_size is not None and batch_size < 1:
         raise ConfigError(f"batch_size={batch_size}: expected at least 1 image per pass")
-    source: Opened
-    if isinstance(images, str | Path):
-        source = open_source(images, root=root, follow_links=follow_links, only=only)
-    else:
-        source = images
+    _check_parts(config, encoder, detector, auxiliary, other)
+    source = _opened(images, root, follow_links, only)
     given = (
         None if encoder is None else as_encoder(encoder, preprocessing, device=device, precision=precision)
     )
+    second = None if other is None else as_encoder(other, preprocessing, device=device, precision=precision)
+    made = given_detector(detector, config, given, second)
+    reference = None if auxiliary is None else _opened(auxiliary, root, follow_links, None)
     recipe = pretrain_config or PretrainConfig()
-    geometry = given.preprocessing.geometry if given else _own_geometry(source, image_size)
-    settings = {
+    geometry = (
+        given.preprocessing.geometry if given else _own_geometry(source, made.size if made else image_size)
+    )
+    settings: dict[str, Any] = {
         "images": {"signature": _signature(source), "limit": limit, "sample": sample},
-        "encoder": {"name": given.name, "weights": given.fingerprint}
+        "encoder": _identity(given)
         if given
+        else None
+        if config.by_detector
         else {"pretrain": asdict(recipe)},
         "geometry": asdict(geometry),
         "config": asdict(config),
         "seed": seed,
         "min_coverage": min_coverage,
     }
+    if config.by_detector:
+        settings["detector"] = made.fingerprint() if made else None
+        settings["auxiliary"] = None if reference is None else _signature(reference)
+        settings["other"] = _identity(second) if second else None
     run: Stages = MemoryRun()
     folder = None if out is None else RunFolder(Path(out), settings, fresh=fresh)
     if folder is not None:
         if folder.complete:
             return load_result(folder.path)
         run = folder
+    location = source.location if isinstance(source, ImageSource) else "images in memory"
     try:
         decoded = as_image_set(
             source,
@@ -176,19 +176,41 @@ def scan(
                 f"{len(decoded)} readable images ({len(decoded.skipped)} unreadable): "
                 f"a scan needs at least {FEWEST_IMAGES}"
             )
-        resolved = asked = config.resolve(len(decoded), geometry.size)
+        asked = config.resolve(len(decoded), geometry.size)
+        if config.by_detector:
+            like = (
+                None
+                if reference is None
+                else as_image_set(reference, geometry, workers=workers, progress=progress).pixels
+            )
+            judging = DetectorBench(
+                decoded, location, asked, given, second, made, like, run, seed, batch_size or 256, progress
+            )
+            result, fitted = judge_images(judging, min_coverage, started)
+            if folder is not None and fitted is not None:
+                fitted.save(folder.path / DETECTOR_FILE)
+            return _saved(result, decoded, folder)
+        resolved = asked
         if config.max_passes is not None:
-            resolved = fit_budget(resolved, len(decoded), geometry.size, config.max_passes)
+            resolved = fit_budget(asked, len(decoded), geometry.size, config.max_passes)
     except (ConfigError, NothingToScanError):
         if folder is not None:
             folder.forget()
         raise
+    waves = _screen(decoded, config, run) if _screens(config, geometry.size) else None
     suspect = given or _train(decoded, recipe, folder, seed, device, precision, progress)
-    location = source.location if isinstance(source, ImageSource) else "images in memory"
-    bench = _Bench(
-        decoded, location, suspect, resolved, run, seed, batch_size or _usual_batch(suspect), progress, asked
+    bench = PatchBench(
+        decoded,
+        location,
+        suspect,
+        _of_the_search(resolved, waves),
+        run,
+        seed,
+        batch_size or _usual_batch(suspect),
+        progress,
+        _of_the_search(asked, waves),
     )
-    return _conclude(bench, folder, config, min_coverage, started)
+    return _saved(_with_screen(search_patches(bench, min_coverage, started), waves, config), decoded, folder)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,6 +243,9 @@ def preview(
     encoder: Encoder | nn.Module | str | Path | None = None,
     *,
     config: ScanConfig | None = None,
+    detector: Detector | str | Path | None = None,
+    auxiliary: Images | None = None,
+    other: Encoder | nn.Module | str | Path | None = None,
     preprocessing: Preprocessing | None = None,
     pretrain_config: PretrainConfig | None = None,
     image_size: int | None = None,
@@ -239,6 +264,9 @@ def preview(
         images: see `scan`, as for all others that have no more to say here.
         encoder: None counts the training of one, and knows no speed.
         config: what to look for and how hard; `max_seconds` is not applied, since it needs the speed of the scan.
+        detector: nothing is fitted then.
+        auxiliary: counted, not read.
+        other: the second encoder is not timed.
         preprocessing: of a module.
         pretrain_config: for `encoder` None.
         image_size: for `encoder` None.
@@ -257,17 +285,13 @@ def preview(
         CheckpointError: the encoder's weights are refused.
     """
     config = config or ScanConfig()
-    source: Opened = (
-        open_source(images, root=root, follow_links=follow_links, only=only)
-        if isinstance(images, str | Path)
-        else images
-    )
+    _check_parts(config, encoder, detector, auxiliary, other)
+    source = _opened(images, root, follow_links, only)
     given = (
         None if encoder is None else as_encoder(encoder, preprocessing, device=device, precision=precision)
     )
     geometry = given.preprocessing.geometry if given else _own_geometry(source, image_size)
-    named = len(source.ids if isinstance(source, ImageSource) else source)
-    count = min(n for n in (named, limit, sample) if n is not None)
+    count = min(n for n in (_count(source), limit, sample) if n is not None)
     if count < FEWEST_IMAGES:
         raise NothingToScanError(f"{count} images: a scan needs at least {FEWEST_IMAGES}")
     resolved = config.resolve(count, geometry.size)
@@ -275,8 +299,15 @@ def preview(
         resolved = fit_budget(resolved, count, geometry.size, config.max_passes)
     batch = batch_size or (512 if given is None else _usual_batch(given))
     rate = None if given is None else measure_rate(given, min(batch, count))
-    columns = 512 if rate is None else rate.features
-    cost = expected_cost(resolved, count, geometry.size, features=columns, batch_size=batch)
+    if config.by_detector:
+        like = count if auxiliary is None else _count(_opened(auxiliary, root, follow_links, None))
+        cost = detector_cost(resolved, count, 0 if detector is not None else like, geometry.size)
+        power = "a detector judges images one by one; docs/detectors.md says what each misses"
+    else:
+        columns = 512 if rate is None else rate.features
+        cost = expected_cost(resolved, count, geometry.size, features=columns, batch_size=batch)
+        power = power_statement(resolved, count, geometry.size).sentence
+    trains = given is None and not config.by_detector
     return Preview(
         config=resolved,
         n_images=count,
@@ -284,107 +315,132 @@ def preview(
         cost=cost,
         rate=rate,
         seconds=None if rate is None else cost.expected / rate.images_per_second,
-        pretraining=0 if given else (pretrain_config or PretrainConfig()).resolve().epochs * count,
-        power=power_statement(resolved, count, geometry.size).sentence,
+        pretraining=(pretrain_config or PretrainConfig()).resolve().epochs * count if trains else 0,
+        power=power,
     )
 
 
-@dataclass(frozen=True, eq=False)
-class _Bench:
-    """What every stage of one scan needs."""
-
-    images: ImageSet
-    location: str
-    encoder: Encoder
-    config: ScanConfig
-    run: Stages
-    seed: int
-    batch_size: int
-    progress: Progress
-    asked: ScanConfig  # resolved, before a budget made it smaller
-
-    def generator(self, stage: str) -> torch.Generator:
-        return stage_generator(self.seed, f"scan/{stage}")
-
-    def passes(self) -> int:
-        return self.encoder.images_shown
-
-
-@dataclass(frozen=True, eq=False)
-class _Search:
-    """What the search found."""
-
-    candidates: Candidates
-    scores: Tensor
-    directions: Tensor
-    attention: Attention
-    flip_test: FlipTest
-    held_out: Tensor
+def _check_parts(
+    config: ScanConfig,
+    encoder: object,
+    detector: object,
+    auxiliary: object,
+    other: object,
+) -> None:
+    """Complain about what the method does not take, and about what it lacks, before anything is loaded."""
+    method = config.method
+    if not config.by_detector:
+        for name, part in (("detector", detector), ("auxiliary", auxiliary), ("other", other)):
+            if part is not None:
+                raise ConfigError(
+                    f"{name}: the patch search takes none; leave it out, or give the method of a detector"
+                )
+        return
+    if detector is not None and auxiliary is not None:
+        raise ConfigError(
+            "detector and auxiliary: a finished detector is not fitted again; leave one of them out"
+        )
+    if method == "spectral-dct" and encoder is not None:
+        raise ConfigError("spectral-dct takes no encoder: leave it out")
+    if method != "spectral-dct" and encoder is None:
+        raise ConfigError(f"{method} takes the encoder that it judges: give one")
+    if method == "cross-encoder" and other is None:
+        raise ConfigError("cross-encoder takes a second encoder: give one with other")
+    if method != "cross-encoder" and other is not None:
+        raise ConfigError(f"{method} takes no second encoder: leave it out")
 
 
-def _conclude(
-    bench: _Bench, folder: RunFolder | None, config: ScanConfig, min_coverage: float, started: float
-) -> ScanResult:
-    """From features to the saved result."""
-    features = _features(bench)
-    clusters = _clusters(bench, features)
-    bench = _within_seconds(bench, started)
-    search = _search(bench, features, clusters)
-    finalists = find_finalists(search.candidates, search.scores, bench.images, search.directions)
-    confirmations = _confirm(bench, clusters, search, finalists)
-    accepted = [
-        (finalist, said)
-        for finalist, said in zip(finalists, confirmations, strict=True)
-        if said.p_value <= config.alpha
-    ]
-    accepted.sort(key=lambda pair: pair[1].flip_rate, reverse=True)
-    search = _rank_by_confirmed(search, [finalist for finalist, _ in accepted])
-    probability, threshold = _classify(bench, clusters, search, [finalist for finalist, _ in accepted])
-    triggers = tuple(_trigger(bench, search, finalist, said) for finalist, said in accepted)
-    verdict, reason = _judge(
-        bench.images, finalists, confirmations, bool(triggers), config.alpha, min_coverage
-    )
-    carried = _carried(features, clusters, triggers)
-    findings = _findings(bench, clusters, search, triggers, carried, probability, threshold)
-    evidence = _evidence(bench, search)
-    summary = _summary(bench, search, verdict, reason, findings, triggers, accepted, confirmations, started)
-    result = ScanResult(verdict, findings, triggers, evidence, summary)
+def _opened(
+    images: Images, root: str | Path | None, follow_links: bool, only: Collection[str] | None
+) -> Opened:
+    if isinstance(images, str | Path):
+        return open_source(images, root=root, follow_links=follow_links, only=only)
+    return images
+
+
+def _count(source: Opened) -> int:
+    return len(source.ids if isinstance(source, ImageSource) else source)
+
+
+def _identity(encoder: Encoder) -> dict[str, str]:
+    return {"name": encoder.name, "weights": encoder.fingerprint}
+
+
+def _screens(config: ScanConfig, image_size: int) -> bool:
+    """Whether the spectral screen runs: images must hold a block."""
+    return config.with_screen and image_size >= SpectralDctConfig().block
+
+
+def _screen(images: ImageSet, config: ScanConfig, run: Stages) -> Waves:
+    """The spectral screen, at its share of alpha."""
+
+    def compute() -> dict[str, Tensor]:
+        found = find_waves(images.pixels, SCREEN_SHARE * config.alpha)
+        return {
+            "p_value": torch.tensor(found.p_value, dtype=torch.float64),
+            "flagged": found.flagged,
+            "frequencies": torch.tensor(found.frequencies, dtype=torch.int64).view(-1, 3),
+        }
+
+    kept = run.stage("screen", compute)
+    frequencies = tuple((c, row, column) for c, row, column in kept["frequencies"].tolist())
+    return Waves(float(kept["p_value"]), kept["flagged"], frequencies)
+
+
+def _of_the_search(config: ScanConfig, waves: Waves | None) -> ScanConfig:
+    """Settings of the patch search: its own name, and its share of alpha beside a screen."""
+    method = "poisoncam" if config.method == "auto" else config.method
+    return replace(config, method=method, alpha=config.alpha * (1 if waves is None else 1 - SCREEN_SHARE))
+
+
+def _with_screen(found: ScanResult, waves: Waves | None, config: ScanConfig) -> ScanResult:
+    """The patch search's result with what the screen says; the same findings where it says nothing.
+
+    The false-alarm rates of the two add up to alpha. Each p-value is divided by its share, so that the smaller one
+    compares with alpha.
+    """
+    summary = {
+        **found.summary,
+        "alpha": config.alpha,
+        "config": {**found.summary["config"], "method": config.method, "alpha": config.alpha},
+    }
+    if waves is None:
+        return replace(found, summary=summary)
+    searched = summary["p_value"]
+    shares = [1.0 if searched is None else searched / (1 - SCREEN_SHARE), waves.p_value / SCREEN_SHARE]
+    hit = waves.p_value <= SCREEN_SHARE * config.alpha
+    scope = summary["scope"]
+    not_tested = [_OTHER_GLOBAL_TRIGGERS if line == GLOBAL_TRIGGERS else line for line in scope["not_tested"]]
+    summary |= {
+        "p_value": min(1.0, *shares),
+        "scope": {**scope, "tested": [*scope["tested"], _WAVES_TESTED], "not_tested": not_tested},
+        "screens": [
+            {
+                "method": "spectral-dct",
+                "verdict": "poisoned" if hit else "no_evidence",
+                "p_value": waves.p_value,
+                "alpha": SCREEN_SHARE * config.alpha,
+                "n_flagged": int(waves.flagged.sum()),
+                "frequencies": [list(frequency) for frequency in waves.frequencies],
+            }
+        ],
+    }
+    if not hit:
+        return replace(found, summary=summary)
+    findings = found.findings.copy()
+    rows = findings["skip_reason"].isna().to_numpy()
+    findings.loc[rows, "flagged"] = findings.loc[rows, "flagged"].to_numpy() | waves.flagged.numpy()
+    for name in ("reason", "power"):
+        summary.pop(name, None)
+    summary |= {"verdict": "poisoned", "n_flagged": int(findings["flagged"].sum())}
+    return replace(found, verdict="poisoned", findings=findings, summary=summary)
+
+
+def _saved(result: ScanResult, images: ImageSet, folder: RunFolder | None) -> ScanResult:
     if folder is not None:
-        write_report(folder.path, result, images=bench.images)
+        write_report(folder.path, result, images=images)
         folder.save(result)
     return result
-
-
-def _judge(
-    images: ImageSet,
-    finalists: list[Finalist],
-    confirmations: list[Confirmation],
-    confirmed: bool,
-    alpha: float,
-    min_coverage: float,
-) -> tuple[Verdict, str]:
-    """The verdict, and what kept it from being a plain one."""
-    if confirmed:
-        return "poisoned", ""
-    for finalist, said in zip(finalists, confirmations, strict=True):
-        if said.steering_p_value <= alpha and len(finalist.members) >= MANY_SOURCES:
-            return "inconclusive", (
-                f"one pattern recurs in {len(finalist.members)} images and moves {said.flip_rate:.0%} of other images, "
-                f"but its shuffled pixels move {said.control_rate:.0%} too: the encoder obeys a colour, planted or "
-                "natural; look at these images in the report"
-            )
-    covered = _coverage(images)
-    if covered < min_coverage:
-        return "inconclusive", (
-            f"{covered:.1%} of the images could be read, less than the {min_coverage:.1%} asked for; repair them, "
-            "or lower --min-coverage"
-        )
-    return "no_evidence", ""
-
-
-def _coverage(images: ImageSet) -> float:
-    """Share of the named images that could be read."""
-    return len(images) / (len(images) + len(images.skipped))
 
 
 def _own_geometry(source: Opened, image_size: int | None) -> Geometry:
@@ -442,471 +498,3 @@ def _train(
         )
         save_encoder(trained, path)
     return load_encoder(path, device=device, precision=precision)
-
-
-def _features(bench: _Bench) -> Features:
-    def compute() -> dict[str, Tensor]:
-        found = extract_features(
-            bench.encoder, bench.images, batch_size=bench.batch_size, progress=bench.progress
-        )
-        return {"values": found.values}
-
-    return Features(bench.images.ids, bench.run.stage("features", compute, passes=bench.passes)["values"])
-
-
-def _clusters(bench: _Bench, features: Features) -> Clusters:
-    def compute() -> dict[str, Tensor]:
-        assert bench.config.clusters is not None
-        found = kmeans(
-            features.values.to(bench.encoder.device),
-            bench.config.clusters,
-            generator=bench.generator("kmeans"),
-            progress=lambda done, total: bench.progress("cluster", done, total),
-        )
-        return {"centroids": found.centroids.cpu(), "assignment": found.assignment.cpu()}
-
-    return Clusters(**bench.run.stage("clusters", compute))
-
-
-def _within_seconds(bench: _Bench, started: float) -> _Bench:
-    """The bench with a search that fits what is left of `max_seconds`, at the rate of the features."""
-    seconds = bench.config.max_seconds
-    if seconds is None:
-        return bench
-    n_images = len(bench.images)
-
-    def compute() -> dict[str, Tensor]:
-        left = max(0.0, seconds - (time.perf_counter() - started)) * _SHARE_IN_ENCODER
-        rate = n_images / max(bench.run.seconds["features"], 1e-9)
-        return {"passes": torch.tensor(n_images + int(left * rate))}
-
-    # A stage, so that a resumed run goes on with the search that it began with.
-    granted = int(bench.run.stage("budget", compute)["passes"])
-    try:
-        config = fit_budget(bench.config, n_images, bench.images.size, granted)
-    except ConfigError as error:
-        raise NoVerdictError(
-            f"max_seconds={seconds}: too little for the smallest search on this machine; raise it, or scan fewer "
-            "images with --sample"
-        ) from error
-    return replace(bench, config=config)
-
-
-def _search(bench: _Bench, features: Features, clusters: Clusters) -> _Search:
-    """Explore as published; then, unless another score is wanted, vote, and look again along the elected directions."""
-    config = bench.config
-    assert config.score is not None, "the config is resolved before the search"
-    searcher, held_out = _prepare(bench, features, clusters)
-    cached = partial(_cached, bench)
-    candidates = searcher.explore(cached)
-    directions = torch.empty(0, features.values.shape[1])
-    if config.score == "directed":
-        directions = _directions(searcher, candidates, cached)
-        candidates = _second_look(searcher, candidates, directions, cached)
-        scores = directed_scores(candidates, directions)
-    else:
-        scores = candidates.flips.score(config.score, candidates.own)
-    return _Search(candidates, scores, directions, searcher.attention, searcher.flip_test, held_out)
-
-
-def _cached(bench: _Bench, name: str, compute: Callable[[], Candidates]) -> Candidates:
-    return Candidates.from_tensors(bench.run.stage(name, lambda: compute().to_tensors(), passes=bench.passes))
-
-
-def _prepare(bench: _Bench, features: Features, clusters: Clusters) -> tuple[Searcher, Tensor]:
-    """The parts of the search, and the images that it must not touch."""
-    config = bench.config
-    assert config.window is not None and config.n_flips is not None, (
-        "the config is resolved before the search"
-    )
-    n_images = len(bench.images)
-    held_out = torch.randperm(n_images, generator=bench.generator("split"))[: held_out_count(n_images)]
-    allowed = torch.ones(n_images, dtype=torch.bool)
-    allowed[held_out] = False
-    rows = nearest_rows(
-        features.values, clusters, allowed, config.n_flips, generator=bench.generator("flip set")
-    )
-    flip_test = FlipTest.draw(
-        bench.encoder,
-        bench.images,
-        clusters,
-        rows,
-        config.window,
-        generator=bench.generator("flip corners"),
-        with_control=not config.faithful,
-        batch_size=bench.batch_size,
-    )
-    attention: Attention
-    if config.attention == "gradcam":
-        attention = GradCamAttention(bench.encoder, clusters, config, batch_size=bench.batch_size)
-    else:
-        attention = MaskAttention(
-            bench.encoder, clusters, config, generator=bench.generator("masks"), batch_size=bench.batch_size
-        )
-    searcher = Searcher(
-        bench.images, clusters, attention, flip_test, config, allowed, bench.generator, bench.progress
-    )
-    return searcher, held_out
-
-
-def _directions(searcher: Searcher, explored: Candidates, cached: Cached) -> Tensor:
-    """Where the strongest candidates push, tried on windows found by looking along each direction."""
-    directions = vote(explored)
-    if len(directions) == 0:
-        return directions
-    strongest = explored.flips.score("concentrated", explored.own).argsort(descending=True, stable=True)
-    rows = explored.rows[strongest[:TRIALS]]
-    trials = [
-        cached(f"trial-{number}", partial(searcher.look_again, rows, direction[None], f"trial/{number}"))
-        for number, direction in enumerate(directions)
-    ]
-    return elect(trials, directions)
-
-
-def _second_look(searcher: Searcher, explored: Candidates, directions: Tensor, cached: Cached) -> Candidates:
-    """Images of the clusters that push along the directions, scored by the windows that carry these."""
-    rows = searcher.exploit_rows(explored, directions, searcher.config.exploit)
-    found = []
-    for start in range(0, len(rows), _SECOND_LOOK_STEP):
-        part = rows[start : start + _SECOND_LOOK_STEP]
-        name = f"exploit-{start // _SECOND_LOOK_STEP:02d}"
-        found.append(cached(name, partial(searcher.look_again, part, directions, name)))
-        searcher.progress("search again", start + len(part), len(rows))
-    seen_once = explored.take((~torch.isin(explored.rows, rows)).nonzero().flatten())
-    return Candidates.concatenate([*found, seen_once])
-
-
-def _confirm(
-    bench: _Bench, clusters: Clusters, search: _Search, finalists: list[Finalist]
-) -> list[Confirmation]:
-    said: list[Confirmation] = []
-
-    def compute() -> dict[str, Tensor]:
-        said.extend(
-            confirm(
-                bench.encoder,
-                bench.images,
-                clusters,
-                search.candidates,
-                finalists,
-                search.held_out,
-                search.flip_test,
-                generator=bench.generator("confirm"),
-                batch_size=bench.batch_size,
-            )
-        )
-        rows = [[c.flip_rate, c.control_rate, c.tau, c.p_value, c.n_images, c.steering_p_value] for c in said]
-        return {"confirmations": torch.tensor(rows, dtype=torch.float64).view(-1, 6)}
-
-    rows = bench.run.stage("confirm", compute, passes=bench.passes)["confirmations"].tolist()
-    return [Confirmation(r[0], r[1], r[2], r[3], int(r[4]), r[5]) for r in rows]
-
-
-def _rank_by_confirmed(search: _Search, finalists: list[Finalist]) -> _Search:
-    """Scores along the directions of confirmed triggers only.
-
-    A benign window can push harder than a trigger (a pen stroke makes another digit); once it is known which patterns
-    are triggers, only their push is evidence of poison.
-    """
-    if not finalists or len(search.directions) == 0:
-        return search
-    shift = search.candidates.flips.shift
-    pushes = torch.stack([shift[f.members].mean(dim=0) for f in finalists]) - shift.mean(dim=0)
-    directions = torch.nn.functional.normalize(pushes, dim=1)
-    return replace(search, directions=directions, scores=directed_scores(search.candidates, directions))
-
-
-def _classify(
-    bench: _Bench, clusters: Clusters, search: _Search, finalists: list[Finalist]
-) -> tuple[Tensor | None, float]:
-    """Every image's probability of carrying a confirmed trigger; nothing is trained when nothing is confirmed."""
-    if not finalists:
-        return None, 1.0
-    candidates = search.candidates
-    members = torch.cat([finalist.members for finalist in finalists])
-    # Each trigger sends its strongest windows, in turn, until there are top_k.
-    turns = [
-        int(f.members[place])
-        for place in range(max(len(f.members) for f in finalists))
-        for f in finalists
-        if place < len(f.members)
-    ][: bench.config.top_k]
-    chosen = torch.tensor(turns)
-    suspected = torch.zeros(len(clusters.centroids), dtype=torch.bool)
-    suspected[candidates.own[members]] = True
-    base = (~suspected[clusters.assignment]).nonzero().flatten()
-    if len(base) < 0.2 * len(
-        bench.images
-    ):  # poison everywhere: leave out only what carries a confirmed trigger
-        innocent = torch.ones(len(bench.images), dtype=torch.bool)
-        innocent[candidates.rows[members]] = False
-        base = innocent.nonzero().flatten()
-    harmless = search.scores.argsort(stable=True)[: max(20, len(candidates) // 4)]
-    harmless = harmless[~torch.isin(harmless, members)]
-
-    def compute() -> dict[str, Tensor]:
-        classifier = train_poison_classifier(
-            bench.images,
-            candidates.patches[chosen],
-            base_rows=base,
-            benign_patches=candidates.patches[harmless],
-            positives=candidates.rows[chosen],
-            config=ClassifierConfig.published() if bench.config.faithful else ClassifierConfig(),
-            seed=bench.seed,
-            device=str(bench.encoder.device),
-            precision="bf16" if bench.encoder.precision == torch.bfloat16 else "fp32",
-            progress=bench.progress,
-        )
-        probability = classifier.probability(bench.images.pixels)
-        return {
-            "probability": probability,
-            "threshold": torch.tensor(classifier.threshold, dtype=torch.float64),
-        }
-
-    found = bench.run.stage("classifier", compute)
-    return found["probability"], float(found["threshold"])
-
-
-def _trigger(bench: _Bench, search: _Search, finalist: Finalist, said: Confirmation) -> TriggerFinding:
-    side = search.candidates.patches.shape[-1]
-    rows = search.candidates.rows[finalist.members].tolist()
-    corners = search.candidates.corners[finalist.members].tolist()
-    return TriggerFinding(
-        target_cluster=finalist.target_cluster,
-        target_clusters=tuple(finalist.attractors.tolist()),
-        flip_rate=said.flip_rate,
-        control_rate=said.control_rate,
-        p_value=said.p_value,
-        n_sources=len(rows),
-        source_ids=tuple(bench.images.ids[row] for row in rows),
-        boxes=tuple(Box(left, top, side, side) for top, left in corners),
-        patches=search.candidates.patches[finalist.members],
-    )
-
-
-def _carried(features: Features, clusters: Clusters, triggers: tuple[TriggerFinding, ...]) -> Tensor:
-    """The trigger of each image, if it carries one: (N,) int64 from 1. Poison lives where its trigger leads."""
-    if not triggers:
-        return torch.zeros(len(features.ids), dtype=torch.int64)
-    nearness = [
-        (features.values @ clusters.centroids[list(trigger.target_clusters)].T).amax(dim=1)
-        for trigger in triggers
-    ]
-    carried = torch.stack(nearness).argmax(dim=0) + 1
-    row_of = {id_: row for row, id_ in enumerate(features.ids)}
-    for number, trigger in enumerate(triggers, start=1):
-        carried[[row_of[source] for source in trigger.source_ids]] = number
-    return carried
-
-
-def _findings(
-    bench: _Bench,
-    clusters: Clusters,
-    search: _Search,
-    triggers: tuple[TriggerFinding, ...],
-    carried: Tensor,
-    probability: Tensor | None,
-    threshold: float,
-) -> pandas.DataFrame:
-    """One row for every image that the source named; what was not examined is empty, not zero."""
-    images, candidates = bench.images, search.candidates
-    table = pandas.DataFrame({"id": list(images.ids), "cluster": clusters.assignment.numpy()})
-    table["scored"] = False
-    rows = candidates.rows.numpy()
-    table.loc[rows, "scored"] = True
-    scores = pandas.Series(search.scores.double().numpy(), index=rows)
-    table["poison_score"] = scores.reindex(table.index)
-    side = candidates.patches.shape[-1]
-    for name, values in (
-        ("box_x", candidates.corners[:, 1]),
-        ("box_y", candidates.corners[:, 0]),
-        ("box_w", torch.full((len(rows),), side)),
-        ("box_h", torch.full((len(rows),), side)),
-    ):
-        table[name] = pandas.Series(values.numpy(), index=rows, dtype="Int32").reindex(table.index)
-    sources = {source for trigger in triggers for source in trigger.source_ids}
-    if probability is None:
-        table["poison_probability"] = float("nan")
-        table["flagged"] = False
-    else:
-        table["poison_probability"] = probability.double().numpy()
-        table["flagged"] = (table["poison_probability"] > threshold) | table["id"].isin(sources)
-    table["trigger"] = pandas.Series(carried.numpy(), dtype="Int32").where(table["flagged"])
-    table["skip_reason"] = None
-    skipped = pandas.DataFrame(
-        {"id": [s.id for s in images.skipped], "skip_reason": [s.reason for s in images.skipped]}
-    )
-    if len(skipped):
-        skipped["scored"] = skipped["flagged"] = False
-        table = pandas.concat([table.astype({"cluster": "Int32"}), skipped], ignore_index=True)
-    return table.astype(
-        {
-            "cluster": "Int32",
-            "scored": bool,
-            "poison_score": float,
-            "box_x": "Int32",
-            "box_y": "Int32",
-            "box_w": "Int32",
-            "box_h": "Int32",
-            "poison_probability": float,
-            "flagged": bool,
-            "trigger": "Int32",
-            "skip_reason": "string",  # not str, which would make a word of None before pandas 3
-        }
-    )
-
-
-def _evidence(bench: _Bench, search: _Search) -> Evidence:
-    """The highest-scored images with the map that chose their window."""
-    best = search.scores.argsort(descending=True, stable=True)[:PICTURES]
-    pixels = bench.images.pixels[search.candidates.rows[best]]
-
-    def compute() -> dict[str, Tensor]:
-        if len(search.directions):
-            heat = search.attention.heat_along(pixels, search.directions[:1])[:, 0]
-        else:
-            heat = search.attention.heat(pixels)
-        heat = heat - heat.amin(dim=(1, 2), keepdim=True)
-        return {"attention": heat / heat.amax(dim=(1, 2), keepdim=True).clamp_min(1e-12)}
-
-    heat = bench.run.stage("evidence", compute, passes=bench.passes)["attention"]
-    ids = tuple(bench.images.ids[row] for row in search.candidates.rows[best].tolist())
-    return Evidence(ids, pixels, heat)
-
-
-def _summary(
-    bench: _Bench,
-    search: _Search,
-    verdict: Verdict,
-    reason: str,
-    findings: pandas.DataFrame,
-    triggers: tuple[TriggerFinding, ...],
-    accepted: list[tuple[Finalist, Confirmation]],
-    confirmations: list[Confirmation],
-    started: float,
-) -> dict[str, Any]:
-    """The content of verdict.json."""
-    config, encoder, images = bench.config, bench.encoder, bench.images
-    n_scored = int(findings["scored"].sum())
-    summary: dict[str, Any] = {
-        "schema": 1,
-        "verdict": verdict,
-        "method": config.method,
-        "alpha": config.alpha,
-        "p_value": min((said.p_value for said in confirmations), default=None),
-        "n_images": len(findings),
-        "n_scored": n_scored,
-        "n_unscored": len(images) - n_scored,
-        "n_skipped": len(images.skipped),
-        "n_flagged": int(findings["flagged"].sum()),
-        "triggers": [
-            {
-                "target_cluster": trigger.target_cluster,
-                "target_clusters": list(trigger.target_clusters),
-                "flip_rate": trigger.flip_rate,
-                "control_rate": trigger.control_rate,
-                "tau": said.tau,
-                "p_value": trigger.p_value,
-                "n_sources": trigger.n_sources,
-                "n_confirmation": said.n_images,
-                "n_flagged": int((findings["trigger"] == number).sum()),
-                "image": f"triggers/trigger-{number}.png",
-                "list": f"triggers/trigger-{number}.txt",
-            }
-            for number, (trigger, (_, said)) in enumerate(zip(triggers, accepted, strict=True), start=1)
-        ],
-        "scope": _scope(bench),
-        "coverage": _coverage(images),
-        "location": bench.location,
-        "encoder": encoder.name,
-        "encoder_fingerprint": encoder.fingerprint,
-        "images_fingerprint": images.fingerprint,
-        "encoder_passes": bench.run.passes + len(search.flip_test.flip_set.pixels),
-        "passes": _passes(bench, len(search.flip_test.flip_set.pixels)),
-        "seconds": round(time.perf_counter() - started, 3),
-        "expected_seconds": round(
-            _cost(bench).expected * bench.run.seconds["features"] / max(len(images), 1), 3
-        ),
-        "stages": {name: round(seconds, 3) for name, seconds in bench.run.seconds.items()},
-        "precision": str(encoder.precision).removeprefix("torch."),
-        "config": asdict(config),
-        "seed": bench.seed,
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in ("unpoison", "torch", "timm", "numpy")},
-        },
-    }
-    if reason:
-        summary["reason"] = reason
-    if verdict != "poisoned":
-        summary["power"] = _power(bench, config, confirmations)
-    budget = _budget(bench, confirmations)
-    if budget:
-        summary["budget"] = budget
-    return summary
-
-
-def _cost(bench: _Bench) -> ScanCost:
-    return expected_cost(bench.config, len(bench.images), bench.images.size)
-
-
-def _passes(bench: _Bench, flip_images: int) -> dict[str, dict[str, int]]:
-    """Expected passes of each stage beside the real ones; every run draws its flip set outside of the stages."""
-    actual = {**bench.run.stage_passes, "flip set": flip_images}
-    return {
-        stage.name: {"expected": stage.expected, "most": stage.most, "actual": actual.get(stage.name, 0)}
-        for stage in _cost(bench).stages
-    }
-
-
-def _power(bench: _Bench, config: ScanConfig, confirmations: list[Confirmation]) -> dict[str, Any]:
-    """The power statement of a search with these settings."""
-    tau = max((said.tau for said in confirmations), default=SMALLEST_RATE)
-    power = power_statement(config, len(bench.images), bench.images.size, tau=tau)
-    return {
-        "smallest_count": power.smallest_count,
-        "share": power.share,
-        "probability": power.probability,
-        **asdict(power.attack),
-        "tau": tau,
-        "sentence": power.sentence,
-    }
-
-
-def _budget(bench: _Bench, confirmations: list[Confirmation]) -> dict[str, Any]:
-    """What a budget took from the search, and from its power; empty where there was none."""
-    config, asked = bench.config, bench.asked
-    if config.max_passes is None and config.max_seconds is None:
-        return {}
-    changed = {
-        name: [getattr(asked, name), getattr(config, name)]
-        for name in ("exploit", "n_flips", "samples", "prune")
-        if getattr(asked, name) != getattr(config, name)
-    }
-    counts = [_power(bench, c, confirmations)["smallest_count"] for c in (asked, config)]
-    return {
-        "max_passes": config.max_passes,
-        "max_seconds": config.max_seconds,
-        "changed": changed,
-        "smallest_count_unlimited": counts[0],
-        "smallest_count": counts[1],
-    }
-
-
-def _scope(bench: _Bench) -> dict[str, list[str]]:
-    config, size = bench.config, bench.encoder.preprocessing.geometry.size
-    tested = [
-        f"opaque patches of up to about {config.window} of {size} pixels per side, anywhere in the image",
-        "patches that steer other images to one place in this encoder's feature space",
-    ]
-    not_tested = [
-        "triggers that cover the whole image (frequency, blended, warping)",
-        "several copies of a trigger in one image, and triggers much larger than the window",
-        "poison that this encoder has not learned from",
-        "images that no cluster's sample reached: the search scores a part of the images only",
-    ]
-    if bench.images.skipped:
-        not_tested.append(f"{len(bench.images.skipped)} images that could not be read")
-    if bench.encoder.preprocessing.assumed:
-        not_tested.append("whether the encoder's normalisation is right: mean, std or size had to be assumed")
-    return {"tested": tested, "not_tested": not_tested}

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import pandas
 
 __all__ = [
+    "BenignPattern",
     "Box",
     "Clusters",
     "Evidence",
@@ -172,6 +173,29 @@ class TriggerFinding:
 
 
 @dataclass(frozen=True, eq=False)
+class BenignPattern:
+    """The same pixels in several images, which steer nothing: a watermark, a logo, a frame. No alarm.
+
+    Attributes:
+        flip_rate: share of the search's flip images that the patches bring to the cluster that gains most, [0, 1].
+        control_rate: the same of their shuffled pixels.
+        n_sources: distinct images among the scored ones that carry it; there may be more.
+        source_ids: those images.
+        boxes: where the patch lies in each of them, in encoder-input pixels.
+        patches: (n_sources, 3, w, w) uint8, cut from them.
+        image: path of the picture of the patches, relative to the run folder; empty until the run is saved.
+    """
+
+    flip_rate: float
+    control_rate: float
+    n_sources: int
+    source_ids: tuple[str, ...]
+    boxes: tuple[Box, ...]
+    patches: Tensor
+    image: str = ""
+
+
+@dataclass(frozen=True, eq=False)
 class Evidence:
     """The pictures that a report shows: the highest-scored images with what the search saw in them.
 
@@ -196,6 +220,7 @@ class ScanResult:
         triggers: the confirmed ones, strongest first; empty unless the verdict is `poisoned`.
         evidence: pictures for the report.
         summary: the content of verdict.json.
+        benign_patterns: what recurs and steers nothing, most frequent first; no part of the verdict.
     """
 
     verdict: Verdict
@@ -203,6 +228,7 @@ class ScanResult:
     triggers: tuple[TriggerFinding, ...]
     evidence: Evidence
     summary: dict[str, Any]
+    benign_patterns: tuple[BenignPattern, ...] = ()
 
     @property
     def flagged(self) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from unpoison.data.export import write_json_atomically, write_lines_atomically
 from unpoison.errors import ConfigError, DataError
-from unpoison.records import Box, Evidence, ScanResult, TriggerFinding
+from unpoison.records import BenignPattern, Box, Evidence, ScanResult, TriggerFinding
 
 __all__ = ["MemoryRun", "RunFolder", "Stages", "load_result"]
 
@@ -37,8 +37,8 @@ _OURS = (
     "trigger.safetensors",
     "report.html",
 )
-_OUR_FOLDERS = ("cache", "triggers")
-_OTHER_FILES = ("encoder.safetensors", "log.txt")
+_OUR_FOLDERS = ("cache", "triggers", "benign")
+_OTHER_FILES = ("encoder.safetensors", "detector.safetensors", "log.txt")
 _MARK = "unpoison_run"
 """Tells our run.json from another program's, whose folder must not be cleared; its value is the file's schema."""
 
@@ -194,6 +194,8 @@ class RunFolder(Stages):
         tensors = {"pixels": result.evidence.pixels, "attention": result.evidence.attention}
         for number, trigger in enumerate(result.triggers):
             tensors[f"patches-{number}"] = trigger.patches
+        for number, pattern in enumerate(result.benign_patterns):
+            tensors[f"benign-{number}"] = pattern.patches
         words = {
             "ids": list(result.evidence.ids),
             "triggers": [
@@ -203,6 +205,10 @@ class RunFolder(Stages):
                     "boxes": [[b.x, b.y, b.w, b.h] for b in t.boxes],
                 }
                 for t in result.triggers
+            ],
+            "benign_patterns": [
+                {"source_ids": list(p.source_ids), "boxes": [[b.x, b.y, b.w, b.h] for b in p.boxes]}
+                for p in result.benign_patterns
             ],
         }
         _save_atomically(tensors, self.path / "evidence.safetensors", {"words": json.dumps(words)})
@@ -247,11 +253,25 @@ def load_result(folder: str | Path) -> ScanResult:
                     zip(summary["triggers"], words["triggers"], strict=True)
                 )
             )
+            # Runs of earlier versions have none.
+            benign = zip(summary.get("benign_patterns", ()), words.get("benign_patterns", ()), strict=True)
+            patterns = tuple(
+                BenignPattern(
+                    flip_rate=said["flip_rate"],
+                    control_rate=said["control_rate"],
+                    n_sources=said["n_sources"],
+                    source_ids=tuple(more["source_ids"]),
+                    boxes=tuple(Box(*box) for box in more["boxes"]),
+                    patches=file.get_tensor(f"benign-{number}"),
+                    image=said["image"],
+                )
+                for number, (said, more) in enumerate(benign)
+            )
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise DataError(
             f"{folder}: a file of the run is missing or damaged; scan again with --fresh"
         ) from error
-    return ScanResult(summary["verdict"], findings, triggers, evidence, summary)
+    return ScanResult(summary["verdict"], findings, triggers, evidence, summary, patterns)
 
 
 def _save_atomically(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:

@@ -110,7 +110,7 @@ def test_every_option_reaches_the_scan(run, scanning, image_folder, tmp_path):
     ("options", "message"),
     [
         (["--alpha", "2"], "alpha=2.0: expected a false-alarm rate"),
-        (["--method", "magic"], "method='magic': expected poisoncam or patchsearch"),
+        (["--method", "magic"], "method='magic': expected auto or poisoncam or patchsearch"),
         (["--batch-size", "few"], "--batch-size few: expected auto"),
         (["--only", "missing.txt"], "--only missing.txt cannot be read"),
     ],
@@ -174,6 +174,35 @@ def test_without_an_encoder_it_says_that_it_trains_one(run, scanning, image_fold
     done = run("scan", image_folder, "--out", tmp_path / "run", "--epochs", 7, "--image-size", 32)
     assert "no --encoder: training one on the images first" in done.stderr
     assert calls[0]["pretrain_config"].epochs == 7 and calls[0]["image_size"] == 32
+
+
+def test_a_detector_gets_its_parts_and_no_encoder_is_trained(run, scanning, image_folder, tmp_path):
+    calls = scanning(fake_result("no_evidence"))
+    options = [
+        "--method",
+        "cross-encoder",
+        "--encoder",
+        "timm:a",
+        "--other",
+        "timm:b",
+        "--auxiliary",
+        image_folder,
+    ]
+    done = run("scan", image_folder, "--out", tmp_path / "run", *options, "--false-positive-rate", 0.05)
+    assert done.exit_code == 0, done.output
+    assert calls[0]["config"] == ScanConfig(method="cross-encoder", false_positive_rate=0.05)
+    assert (calls[0]["encoder"], calls[0]["other"], calls[0]["auxiliary"]) == (
+        "timm:a",
+        "timm:b",
+        image_folder,
+    )
+    assert "detector" not in calls[0]
+
+    file = tmp_path / "detector.safetensors"
+    done = run(
+        "scan", image_folder, "--out", tmp_path / "run", "--method", "spectral-dct", "--detector", file
+    )
+    assert "training one" not in done.stderr and calls[1]["encoder"] is None and calls[1]["detector"] == file
 
 
 @pytest.fixture

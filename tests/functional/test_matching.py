@@ -129,3 +129,18 @@ def test_a_copy_is_a_copy_even_with_triggers_at_different_places() -> None:
     seen = duplicate_images(torch.stack((original, copy, pictures[1], pictures[2])))
     assert seen[0, 1] and seen.diagonal().all() and torch.equal(seen, seen.T)
     assert not seen[:2, 2:].any() and not seen[2, 3]
+
+
+@pytest.mark.parametrize("least", [0.3, 0.6, 0.95])
+def test_nobody_misses_what_lies_below_the_least(least: float) -> None:
+    both = torch.cat((related_patches(9), patches(12, 9)))
+    everything, some = patch_similarity(both), patch_similarity(both, least=least)
+    assert torch.equal(some, torch.where(everything >= least, everything, 0.0))
+    assert torch.equal(some >= least, everything >= least)
+
+
+def test_more_agreement_can_be_asked_for() -> None:
+    windows = related_patches(9)
+    loose, strict = patch_similarity(windows), patch_similarity(windows, agreeing=0.7)
+    assert (strict <= loose).all() and int((strict > 0.5).sum()) < int((loose > 0.5).sum())
+    assert float(strict[0, 1]) == float(loose[0, 1])  # the same pixels, a step apart

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 
 from unpoison.errors import ConfigError
-from unpoison.scan.config import ScanConfig
+from unpoison.scan.config import DETECTORS, ScanConfig
+from unpoison.scan.detector import METHODS
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "magic"}, "method='magic': expected poisoncam or patchsearch"),
+        ({"method": "magic"}, "method='magic': expected auto or poisoncam or patchsearch or backdoor-ids"),
         ({"attention": "eyes"}, "attention='eyes': expected mask or gradcam"),
         ({"masks": "none"}, "masks='none': expected grid or random or blocks or pixels"),
         ({"fill": "pink"}, "fill='pink': expected mean or black"),
@@ -23,6 +24,7 @@ from unpoison.scan.config import ScanConfig
         ({"samples": 0}, "samples=0: expected at least 1"),
         ({"patches": 0}, "patches=0: expected at least 1"),
         ({"top_k": 0}, "top_k=0: expected at least 1"),
+        ({"filter_steps": -1}, "filter_steps=-1: expected 0 or more"),
         ({"exploit": -1}, "exploit=-1: expected at least 1"),
         ({"clusters": 1}, "clusters=1: expected at least 2"),
         ({"window": 1}, "window=1: expected at least 2"),
@@ -44,6 +46,17 @@ from unpoison.scan.config import ScanConfig
         ({"faithful": True, "masks": "grid"}, "faithful contradicts masks=grid"),
         ({"faithful": True, "score": "directed"}, "faithful contradicts score=directed"),
         ({"faithful": True, "score": "concentrated"}, "random masks and the scores any or source"),
+        (
+            {"method": "dede", "clusters": 9},
+            "clusters=9: dede judges images one by one and has no such setting",
+        ),
+        ({"method": "spectral-dct", "max_passes": 9}, "max_passes=9: spectral-dct judges images one by one"),
+        ({"method": "backdoor-ids", "faithful": True}, "faithful: backdoor-ids has no published settings"),
+        ({"method": "dede", "false_positive_rate": 0}, "false_positive_rate=0: expected a share above 0"),
+        (
+            {"false_positive_rate": 0.05},
+            "false_positive_rate=0.05: is a setting of detectors; leave it out, or",
+        ),
     ],
 )
 def test_a_wrong_setting_is_refused_by_name(settings: dict[str, Any], message: str) -> None:
@@ -96,6 +109,19 @@ def test_every_mask_strategy_of_the_paper_goes_with_faithful(masks: str) -> None
 def test_what_was_asked_for_stays() -> None:
     asked = ScanConfig(clusters=7, window=5, attention="gradcam", masks="random", score="any", n_flips=11)
     assert asked.resolve(1000, 32) == asked
+
+
+def test_detectors_are_those_of_the_table_and_complete_as_they_are() -> None:
+    assert sorted(METHODS) == list(DETECTORS)
+    for method in DETECTORS:
+        config = ScanConfig(method=method, alpha=0.05, false_positive_rate=0.02)
+        assert config.resolve(100, 32) == config and config.by_detector and not config.with_screen
+
+
+def test_only_the_plan_that_fits_has_a_screen() -> None:
+    assert ScanConfig().with_screen and not ScanConfig().by_detector
+    assert not ScanConfig(faithful=True).with_screen
+    assert not ScanConfig(method="poisoncam").with_screen and not ScanConfig(method="patchsearch").with_screen
 
 
 def test_resolving_twice_changes_nothing() -> None:

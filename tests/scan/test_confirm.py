@@ -22,6 +22,7 @@ from unpoison.scan.confirm import (
     Finalist,
     binomial_tail,
     confirm,
+    find_benign_patterns,
     find_finalists,
     holm,
 )
@@ -191,6 +192,67 @@ def test_every_cluster_that_gains_a_quarter_attracts() -> None:
     found.flips.gain[:, 3] = 0.09
     (finalist,) = find_finalists(found, descending(4), images, nowhere(found))
     assert finalist.target_cluster == 2 and finalist.attractors.tolist() == [2, 4]
+
+
+# --- What recurs and steers nothing ----------------------------------------------------------------------------------
+
+
+def overlaid(*, carriers: int = 6, gain: float = 0.02, control: float = 0.0) -> tuple[Candidates, ImageSet]:
+    """20 windows of noise, of which so many, and not the strongest, show the same pixels."""
+    patches = noise(20, WINDOW, seed=2)
+    patches[20 - carriers :] = planted_pattern()
+    return windows(patches, gain=gain, control=control)
+
+
+def test_pixels_that_recur_and_steer_nothing_are_named() -> None:
+    found, images = overlaid()
+    (overlay,) = find_benign_patterns(found, images, [])
+    assert sorted(overlay.members.tolist()) == list(range(14, 20))
+    assert overlay.flip_rate == pytest.approx(0.02) and overlay.control_rate == 0
+
+
+def test_windows_that_frame_an_overlay_each_in_its_own_way_are_one_pattern() -> None:
+    picture = noise(1, 24, seed=5)[0]
+    patches = noise(20, WINDOW, seed=2)
+    for number, (top, left) in enumerate([(8, 8), (7, 8), (8, 9), (9, 8), (8, 7), (9, 9)]):
+        patches[3 * number] = picture[:, top : top + WINDOW, left : left + WINDOW]
+    (overlay,) = find_benign_patterns(*windows(patches, gain=0.0), [])
+    assert sorted(overlay.members.tolist()) == [0, 3, 6, 9, 12, 15]
+
+
+@pytest.mark.parametrize("steering", [{"gain": 0.06}, {"gain": 0.3, "control": 0.29}])
+def test_what_steers_by_its_pattern_or_its_colours_is_no_overlay(steering: dict[str, float]) -> None:
+    assert find_benign_patterns(*overlaid(**steering), []) == []
+
+
+@pytest.mark.parametrize("carriers", range(7))
+def test_an_overlay_needs_five_pictures(carriers: int) -> None:
+    assert len(find_benign_patterns(*overlaid(carriers=carriers), [])) == int(carriers >= 5)
+
+
+def test_an_overlay_on_copies_of_one_picture_is_none() -> None:
+    found, images = overlaid()
+    images.pixels[14:] = images.pixels[14]
+    assert find_benign_patterns(found, images, []) == []
+
+
+def test_windows_that_show_a_part_of_a_confirmed_trigger_are_no_overlay() -> None:
+    """They steer less than the trigger, and would else be listed beside it as harmless."""
+    patches = noise(20, WINDOW, seed=2)
+    patches[:3] = planted_pattern()
+    patches[12:18] = planted_pattern().roll(3, dims=2)
+    patches[12:18, :, :3] = noise(1, WINDOW, seed=8)[:, :, :3]
+    found, images = windows(patches, gain=0.02)
+    assert len(find_benign_patterns(found, images, [])) == 1
+    trigger = Finalist(torch.arange(3), 2, torch.tensor([2]))
+    assert find_benign_patterns(found, images, [trigger]) == []
+
+
+def test_of_very_many_candidates_evenly_chosen_ones_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_COMPARED_FOR_OVERLAYS", 10)
+    patches = planted_pattern().expand(40, -1, -1, -1).clone()
+    (overlay,) = find_benign_patterns(*windows(patches, gain=0.0), [])
+    assert len(overlay.members) == 10 and {0, 39} <= set(overlay.members.tolist())
 
 
 # --- Confirmation ----------------------------------------------------------------------------------------------------

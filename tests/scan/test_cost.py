@@ -84,6 +84,9 @@ def test_classifier_and_memory_are_counted() -> None:
     assert found.classifier_judged == config.networks * 1000
     assert found.disk == 1000 * 3 * 32 * 32 < found.memory < 100 * found.disk
     assert cost(20_000).memory > 2 * found.memory
+    unfiltered = cost(1000, filter_steps=0)
+    assert (unfiltered.classifier_trained, unfiltered.classifier_judged) == (0, 0)
+    assert cost(1000, filter_steps=7).classifier_trained == config.networks * 7 * config.batch_size
 
 
 def test_timing_a_batch_leaves_the_count_alone() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,6 +30,7 @@ from unpoison.scan.detector import (
     detect,
     fit_detector,
     load_detector,
+    restore_detector,
 )
 from unpoison.scan.spectral_dct import SpectralDctConfig
 
@@ -342,12 +344,76 @@ def test_a_poisoned_set_is_called_so_and_an_innocent_one_is_not(fitted: dict[str
 
 
 def test_a_detector_made_on_the_images_themselves_gives_an_order_and_no_verdict() -> None:
-    images = clean(200)
-    images[:10] = triggered("spectral-dct", images[:10])
-    said = detect(as_set(images), None, "spectral-dct", false_positive_rate=FPR)
-    assert said.verdict == "inconclusive" and "calibrated on these images" in said.reason
+    images = clean(80)
+    images[:10] = triggered("backdoor-ids", images[:10])
+    config = CONFIGS["backdoor-ids"]
+    said = detect(
+        as_set(images), suspect(), "backdoor-ids", config=config
+    )  # 40 images could not calibrate 1 %
+    assert said.verdict == "inconclusive" and "calibrated on these very images" in said.reason
     assert said.p_value is None and not said.findings["flagged"].any()
-    assert set(said.findings["poison_score"].nlargest(10).index) == set(range(10))
+    first = set(said.findings["poison_score"].nlargest(10).index)
+    assert len(first & set(range(10))) >= 8
+
+
+def test_the_spectral_screen_needs_no_other_images() -> None:
+    images = clean(200)
+    images[:30] = triggered("spectral-dct", images[:30])
+    said = detect(as_set(images), None, "spectral-dct")
+    assert said.verdict == "poisoned" and said.p_value is not None and said.p_value < 1e-3
+    assert said.findings.loc[:29, "flagged"].all() and said.findings.loc[30:, "flagged"].sum() <= 4
+    innocent = detect(as_set(clean(200)), None, "spectral-dct")
+    assert innocent.verdict == "no_evidence" and not innocent.findings["flagged"].any()
+
+
+def test_auxiliary_images_fit_and_calibrate(fitted: dict[str, Detector]) -> None:
+    images, auxiliary_images = clean(60, skip=400), clean(300)
+    images[:20] = triggered("spectral-dct", images[:20])
+    said = detect(as_set(images), None, "spectral-dct", auxiliary=auxiliary_images)
+    assert said.verdict == "poisoned" and said.findings.loc[:19, "flagged"].all()
+    assert "20 of 60 images score above the threshold" in said.rule and "150 of the calibration" in said.rule
+
+
+@every_method
+def test_a_detector_comes_back_from_the_cache_of_a_run(fitted: dict[str, Detector], method: str) -> None:
+    detector = fitted[method]
+    given = encoders(method)
+    again = restore_detector(
+        detector.scorer.config,
+        detector.to_tensors(),
+        given.get("encoder"),
+        other=given.get("other"),
+        false_positive_rate=FPR,
+    )
+    images = clean(10, skip=400)
+    assert again.calibration == detector.calibration and again.size == detector.size
+    assert torch.equal(again.score(images), detector.score(images))
+    assert again.fingerprint() == detector.fingerprint()
+
+
+@every_method
+def test_findings_stay_with_their_ids_and_depend_on_no_batch(
+    fitted: dict[str, Detector], method: str
+) -> None:
+    """One image at a time, in any order: the same score, flag and verdict for each id."""
+    images = clean(24, skip=400)
+    images[::3] = triggered(method, images[::3])
+    given = {"detector": fitted[method], "other": encoders(method).get("other"), "alpha": 0.05}
+    whole = detect(as_set(images), encoders(method).get("encoder"), method, **given)  # type: ignore[arg-type]
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(0)).tolist()
+    mixed = detect(
+        dataclasses.replace(as_set(images).select(order), skipped=as_set(images).skipped),
+        encoders(method).get("encoder"),
+        method,
+        batch_size=1,
+        **given,  # type: ignore[arg-type]
+    )
+    assert mixed.verdict == whole.verdict and mixed.p_value == whole.p_value
+    one, other = (said.findings.set_index("id").sort_index() for said in (whole, mixed))
+    assert (one["flagged"] == other["flagged"]).all()
+    assert torch.allclose(
+        *(torch.tensor(t["poison_score"].to_numpy()) for t in (one, other)), 1e-3, 1e-5, True
+    )  # type: ignore[arg-type]
 
 
 def test_complaints(fitted: dict[str, Detector]) -> None:

@@ -35,6 +35,7 @@ EXIT_CODES = {"no_evidence": 0, "poisoned": 1, "inconclusive": 4}
 
 _DEFAULT = ScanConfig()
 _SEARCH, _WHICH, _COST = "The search", "Which images", "What it may cost"
+_DETECTOR = "Images one by one: a detector"
 
 app = typer.Typer(add_completion=False)
 
@@ -43,7 +44,7 @@ app = typer.Typer(add_completion=False)
     epilog="Exit codes: 0 no evidence of poison · 1 poisoned · 2 wrong usage · 3 the run failed · 4 inconclusive, or "
     "nothing could be scanned · 130 interrupted; the same command resumes.\n\n"
     "Example: unpoison scan images/ --encoder encoder.safetensors --out run\n\n"
-    "Example: unpoison scan images/ --encoder timm:resnet18 --sample 20000 --json --out run > verdict.json"
+    "Example: unpoison scan incoming/ --method dede --encoder encoder.safetensors --auxiliary trusted/ --out run"
 )
 def scan(
     images: Images,
@@ -60,7 +61,7 @@ def scan(
         str | None,
         typer.Option(
             metavar="ENC",
-            help="timm:NAME, torchvision:NAME or a file; default: train one on IMAGES first.",
+            help="timm:, torchvision:, hf: or open_clip:NAME, or a file; default: train one on IMAGES first.",
             show_default=False,
         ),
     ] = None,
@@ -79,7 +80,12 @@ def scan(
     ] = False,
     fresh: Fresh = False,
     method: Annotated[
-        str, typer.Option(help="poisoncam or patchsearch.", rich_help_panel=_SEARCH)
+        str,
+        typer.Option(
+            help="auto: poisoncam and the spectral screen; or one alone: poisoncam, patchsearch; or a detector: dede, "
+            "backdoor-ids, cross-encoder, spectral-dct.",
+            rich_help_panel=_SEARCH,
+        ),
     ] = _DEFAULT.method,
     clusters: Annotated[
         int | None,
@@ -127,6 +133,15 @@ def scan(
     top_k: Annotated[
         int, typer.Option(help="Patches that train the last classifier.", rich_help_panel=_SEARCH)
     ] = _DEFAULT.top_k,
+    filter_steps: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Steps of the last classifier; 0: none, flag only what the windows were cut from.",
+            rich_help_panel=_SEARCH,
+            show_default=False,
+        ),
+    ] = _DEFAULT.filter_steps,
     alpha: Annotated[
         float, typer.Option(help="Allowed false-alarm rate of the verdict.", rich_help_panel=_SEARCH)
     ] = _DEFAULT.alpha,
@@ -149,6 +164,37 @@ def scan(
             "--race", help="Drop harmless candidates after a few flip images.", rich_help_panel=_SEARCH
         ),
     ] = _DEFAULT.race,
+    detector: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="A detector that an earlier run with --auxiliary wrote: RUN/detector.safetensors.",
+            rich_help_panel=_DETECTOR,
+            show_default=False,
+        ),
+    ] = None,
+    auxiliary: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="IMAGES",
+            help="Other images of the same kind, to fit a detector and its threshold on.",
+            rich_help_panel=_DETECTOR,
+            show_default=False,
+        ),
+    ] = None,
+    other: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ENC",
+            help="The second encoder of cross-encoder.",
+            rich_help_panel=_DETECTOR,
+            show_default=False,
+        ),
+    ] = None,
+    false_positive_rate: Annotated[
+        float,
+        typer.Option(help="Share of innocent images that may be flagged.", rich_help_panel=_DETECTOR),
+    ] = _DEFAULT.false_positive_rate,
     max_passes: Annotated[
         int | None,
         typer.Option(
@@ -197,9 +243,9 @@ def scan(
 ) -> None:
     """Find poisoned images in an unlabelled image set.
 
-    Looks for a small patch that recurs in the images and that an encoder has learned to obey, tests each finding on
-    images that the search never saw, and writes a verdict, the list of images to keep, the trigger as a picture, and a
-    report for people to RUN.
+    Looks for a small patch that recurs in the images and that an encoder has learned to obey, and tests each finding on
+    images that the search never saw; also looks for waves in the chroma. With a detector as --method, judges images one
+    by one. Writes a verdict, the list of images to keep, the trigger as a picture, and a report for people to RUN.
     """
     screen = Screen(as_json=as_json, quiet=quiet)
     config = ScanConfig(
@@ -212,12 +258,14 @@ def scan(
         patches=patches,
         score=score,
         top_k=top_k,
+        filter_steps=filter_steps,
         alpha=alpha,
         faithful=faithful,
         min_poison=_poison_size(min_poison),
         max_passes=max_passes,
         max_seconds=max_seconds,
         race=race,
+        false_positive_rate=false_positive_rate,
     )
     size = batch_size_of(batch_size)
     ids = read_ids(only)
@@ -228,7 +276,12 @@ def scan(
 
     more: dict[str, Any] = {}
     chosen: Any = encoder
-    if encoder is None:
+    parts = {"detector": detector, "auxiliary": auxiliary, "other": other}
+    more |= {name: part for name, part in parts.items() if part is not None}
+    if encoder is None and config.by_detector:
+        if image_size is not None:
+            more["image_size"] = image_size
+    elif encoder is None:
         if not dry_run:
             screen.note("no --encoder: training one on the images first, then scanning with it")
         if epochs is not None:
@@ -323,11 +376,11 @@ def _preview_text(seen: Any, screen: Screen) -> str:
     lines = [
         screen.table(f"Encoder passes for {seen.n_images:,} images", ["stage", "expected", "at most"], rows)
     ]
-    if seen.rate is None:
+    if seen.rate is None and seen.pretraining:
         lines.append(
             f"first an encoder is trained: {seen.pretraining:,} images; the speed is not known before"
         )
-    else:
+    elif seen.rate is not None:
         lines.append(
             f"time: about {seen.seconds:,.0f} s in the encoder, at {seen.rate.images_per_second:,.0f} images/s"
         )
@@ -335,10 +388,13 @@ def _preview_text(seen: Any, screen: Screen) -> str:
             lines.append(f"memory of the device: {seen.rate.memory / 2**20:,.0f} MiB")
     lines += [
         f"memory: {cost.memory / 2**20:,.0f} MiB without the networks; disk: {cost.disk / 2**20:,.0f} MiB",
-        f"if poison is confirmed, a classifier is trained on {cost.classifier_trained:,} images and judges "
-        f"{cost.classifier_judged:,}",
-        f"{seen.power}.",
     ]
+    if cost.classifier_trained:
+        lines.append(
+            f"if poison is confirmed, a classifier is trained on {cost.classifier_trained:,} images and judges "
+            f"{cost.classifier_judged:,}"
+        )
+    lines.append(f"{seen.power}.")
     return "\n".join(lines)
 
 

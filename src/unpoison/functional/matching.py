@@ -15,18 +15,24 @@ _FLAT = 4 / 255
 
 _SAME_GREY = 16.5 / 255  # 16 grey levels, with room for rounding
 _AGREEING = 0.4
+_PAIRS = 8192
+"""Pairs whose pixels are compared at once; bounds the memory."""
 
 
-def patch_similarity(patches: Tensor, *, reach: float = 1 / 3) -> Tensor:
+def patch_similarity(
+    patches: Tensor, *, reach: float = 1 / 3, least: float = 0.0, agreeing: float = _AGREEING
+) -> Tensor:
     """Largest normalised cross-correlation of every pair over the relative shifts at which their pixels agree.
 
     Correlation alone takes any dark-over-bright edge for any other: on clean CIFAR-10 it found groups of more than a
     hundred "equal" windows. A pasted pattern brings its very pixels along, so a shift only counts when at least 40 %
-    of the shared pixels differ by no more than 16 grey levels in every channel.
+    (`agreeing`) of the shared pixels differ by no more than 16 grey levels in every channel.
 
     Args:
         patches: (n, 3, w, w) uint8; those above 16 px are compared at 12 px.
         reach: shifts up to this share of the side, in every direction.
+        least: similarities below it are 0, because nobody asks; the higher, the faster.
+        agreeing: share of the shared pixels that must agree, [0, 1].
 
     Returns:
         (n, n) float32 in [0, 1], symmetric, 1 on the diagonal; 0 where the shared part of either patch is flat.
@@ -50,14 +56,26 @@ def patch_similarity(patches: Tensor, *, reach: float = 1 / 3) -> Tensor:
     best = torch.zeros(len(patches), len(patches))
     for down in shifts:
         for right in shifts:
+            if (down, right) < (
+                0,
+                0,
+            ):  # the opposite shift compares the same pixels, with the pair turned round
+                continue
             here = _window(values, side, down, right)
             there = _window(values, side, -down, -right)
-            agreeing = torch.stack(
-                [((one - there).abs() <= _SAME_GREY).all(dim=1).float().mean(dim=(1, 2)) for one in here]
-            )
             correlation = _standard(here) @ _standard(there).T
-            best = torch.maximum(best, torch.where(agreeing >= _AGREEING, correlation, 0.0))
+            # Counting agreeing pixels is what costs: only for pairs that they could lift.
+            first, second = ((correlation > best) & (correlation >= least)).nonzero(as_tuple=True)
+            for pair in torch.split(torch.arange(len(first)), _PAIRS):
+                one, other = first[pair], second[pair]
+                agrees = _agreement(here[one], there[other]) >= agreeing
+                best[one[agrees], other[agrees]] = correlation[one[agrees], other[agrees]]
     return torch.maximum(best, best.T).fill_diagonal_(1)
+
+
+def _agreement(one: Tensor, other: Tensor) -> Tensor:
+    """Share of the pixels that differ by no more than 16 grey levels in every channel, (n,)."""
+    return ((one - other).abs() <= _SAME_GREY).all(dim=1).float().mean(dim=(1, 2))
 
 
 def duplicate_images(images: Tensor, *, threshold: float = 0.95) -> Tensor:

@@ -23,6 +23,9 @@ def as_text(report: Report, *, width: int = 100) -> str:
     for trigger in report.triggers:
         lines += ["", *_paragraph(f"Trigger {trigger.number}. {trigger.sentence}", width)]
         lines += [f"  in {trigger.n_sources} images, such as {trigger.sources[0]}"] if trigger.sources else []
+    for pattern in report.benign_patterns:
+        lines += ["", *_paragraph(f"No alarm: recurring pattern {pattern.number}. {pattern.sentence}", width)]
+        lines += [f"  such as {pattern.sources[0]}"]
     if report.n_skipped:
         lines += ["", f"Skipped, which is not the same as clean ({report.n_skipped}):"]
         lines += [f"  {fact.name}: {fact.value}" for fact in report.skipped[:_FEW]]

@@ -15,11 +15,13 @@ from typing import Any
 import pandas as pd
 
 from unpoison.data.sources import escape
-from unpoison.records import Box, Evidence, ImageSet, ScanResult, TriggerFinding, Verdict
+from unpoison.records import BenignPattern, Box, Evidence, ImageSet, ScanResult, TriggerFinding, Verdict
 from unpoison.report.pictures import Picture, as_pixels, enlarge, outline, overlay, trigger_sheet
+from unpoison.scan.config import DETECTORS
 
 __all__ = [
     "REPORT_SCHEMA",
+    "BenignSection",
     "Candidate",
     "Fact",
     "FlaggedImage",
@@ -101,13 +103,32 @@ class TriggerSection:
 
 
 @dataclass(frozen=True, eq=False)
+class BenignSection:
+    """A pattern that recurs and steers nothing.
+
+    Attributes:
+        number: from 1; as in benign/pattern-1.png.
+        sentence: what was seen of it.
+        sheet: all patches beside each other.
+        sources: ids that carry it; shortened for display.
+        n_sources: how many there are, shown or not.
+    """
+
+    number: int
+    sentence: str
+    sheet: Picture
+    sources: tuple[str, ...]
+    n_sources: int
+
+
+@dataclass(frozen=True, eq=False)
 class Candidate:
     """One of the highest-scored images, with what the search saw in it.
 
     Attributes:
         id, label: as it is called, and shortened for display.
         picture: enlarged, the candidate window outlined.
-        attention: the same picture coloured by attention.
+        attention: the same picture coloured by attention; None where the method has none.
         facts: score, cluster and so on.
         flagged: whether it is on the list of images to remove.
     """
@@ -115,7 +136,7 @@ class Candidate:
     id: str
     label: str
     picture: Picture
-    attention: Picture
+    attention: Picture | None
     facts: tuple[Fact, ...]
     flagged: bool
 
@@ -137,10 +158,12 @@ class Report:
     Attributes:
         schema: REPORT_SCHEMA.
         verdict: as in verdict.json.
+        by_detector: whether images were judged one by one, and no pattern was searched.
         headline, meaning: the answer, and what it means for the reader.
         next_steps: what to do now.
         key_figures: the few numbers that belong beside the headline.
         triggers: empty unless the verdict is `poisoned`.
+        benign_patterns: what recurs and steers nothing; no alarm.
         candidates: the highest-scored images.
         flagged: those with a picture, most suspicious first; at most MOST_THUMBNAILS.
         flagged_names: labels of the flagged images without a picture; at most MOST_NAMES.
@@ -151,15 +174,19 @@ class Report:
         cost, stages: encoder passes and time.
         settings, versions: to repeat the run.
         command: that repeats it; empty when unknown.
+        method: sentences on how the answer was reached.
+        limits: the sentence under what was not tested.
     """
 
     schema: int
     verdict: Verdict
+    by_detector: bool
     headline: str
     meaning: str
     next_steps: tuple[Step, ...]
     key_figures: tuple[Fact, ...]
     triggers: tuple[TriggerSection, ...]
+    benign_patterns: tuple[BenignSection, ...]
     candidates: tuple[Candidate, ...]
     flagged: tuple[FlaggedImage, ...]
     flagged_names: tuple[str, ...]
@@ -173,6 +200,8 @@ class Report:
     settings: tuple[Fact, ...]
     versions: tuple[Fact, ...]
     command: str
+    method: tuple[str, ...]
+    limits: str
 
 
 def make_report(
@@ -203,11 +232,13 @@ def make_report(
     return Report(
         schema=REPORT_SCHEMA,
         verdict=result.verdict,
+        by_detector=_by_detector(summary),
         headline=_headline(result, len(flagged)),
         meaning=_meaning(result),
-        next_steps=_next_steps(result.verdict, location, run),
+        next_steps=_next_steps(result, location, run),
         key_figures=_key_figures(summary, len(flagged)),
         triggers=tuple(_trigger_section(n, t, summary) for n, t in enumerate(result.triggers, start=1)),
+        benign_patterns=tuple(_benign_section(n, p) for n, p in enumerate(result.benign_patterns, start=1)),
         candidates=_candidates(result.evidence, findings),
         flagged=flagged_images,
         flagged_names=flagged_names,
@@ -228,19 +259,47 @@ def make_report(
         ),
         versions=_facts(summary.get("versions")),
         command=escape(command),
+        method=_method(summary),
+        limits=(
+            "A detector speaks about what its method sees in single images, and about nothing else."
+            if _by_detector(summary)
+            else "A scan speaks about small patches that recur, and about nothing else but what is listed as tested."
+        ),
     )
 
 
 # ── words ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def _by_detector(summary: Mapping[str, Any]) -> bool:
+    return summary.get("method") in DETECTORS
+
+
+def _alarms(summary: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    """Screens beside the patch search that found poison."""
+    screens = summary.get("screens")
+    listed = screens if isinstance(screens, Sequence) and not isinstance(screens, str) else ()
+    return tuple(s for s in listed if isinstance(s, Mapping) and s.get("verdict") == "poisoned")
+
+
 def _headline(result: ScanResult, n_flagged: int) -> str:
     n_images = _count(result.summary.get("n_images", len(result.findings)))
+    by_detector = _by_detector(result.summary)
+    if result.verdict == "poisoned" and not result.triggers:
+        what = (
+            f"{escape(str(result.summary['method']))} finds more suspicious images than innocent ones explain"
+            if by_detector
+            else "waves that no picture has recur in their chroma"
+        )
+        return f"These images are poisoned: {what}, and {_count(n_flagged)} of {n_images} images are flagged."
+    if result.verdict == "no_evidence" and by_detector:
+        return f"No more suspicious images than innocent ones explain, among {n_images}."
     if result.verdict == "poisoned":
         n_triggers = len(result.triggers)
         found = "a planted trigger was" if n_triggers == 1 else f"{n_triggers} planted triggers were"
         flagged = f"{_count(n_flagged)} of {n_images} images are flagged"
-        return f"These images are poisoned: {found} confirmed, and {flagged}."
+        waves = ", waves that no picture has recur in the chroma" if _alarms(result.summary) else ""
+        return f"These images are poisoned: {found} confirmed{waves}, and {flagged}."
     if result.verdict == "no_evidence":
         return f"No evidence of a planted trigger in {n_images} images."
     return f"No answer: the scan of {n_images} images is inconclusive."
@@ -259,11 +318,24 @@ def _meaning(result: ScanResult) -> str:
         if isinstance(alpha, float)
         else ""
     )
+    if _by_detector(result.summary):
+        return _meaning_by_detector(result, rate)
+    waves = "".join(
+        " Beside the patch search, a screen of the chroma found waves at single frequencies, with the same sign in "
+        f"image after image, as CTRL plants them; {_count(alarm.get('n_flagged'))} images are flagged for it."
+        for alarm in _alarms(result.summary)
+    )
+    if result.verdict == "poisoned" and not result.triggers:
+        return (
+            f"No patch that recurs was confirmed.{waves} Pictures carry such waves with either sign. An encoder "
+            "trained on these images may have learned to obey them; an overlay at a fixed place can look like "
+            f"them.{rate}"
+        )
     if result.verdict == "poisoned":
         return (
             "A small patch recurs in the images below, and the encoder has learned to obey it: pasted on pictures that "
             "have nothing to do with it, the patch pulls them into one group. An encoder trained on these images "
-            f"would hand that switch to whoever planted the patch.{rate}"
+            f"would hand that switch to whoever planted the patch.{waves}{rate}"
         )
     if result.verdict == "no_evidence":
         return (
@@ -280,11 +352,58 @@ def _meaning(result: ScanResult) -> str:
     )
 
 
-def _next_steps(verdict: Verdict, location: str, run: str) -> tuple[Step, ...]:
+def _meaning_by_detector(result: ScanResult, rate: str) -> str:
+    rule, reason = (result.summary.get(key) for key in ("rule", "reason"))
+    said = f" {escape(_sentence(rule))}" if isinstance(rule, str) and rule else ""
+    if result.verdict == "poisoned":
+        return f"Images were judged one by one.{said} The flagged ones are listed below, some of them in error.{rate}"
+    if result.verdict == "no_evidence":
+        return (
+            f"Images were judged one by one, and nothing was flagged.{said} This covers what is listed under “What was "
+            "tested” and nothing else; it is no proof that the images are clean."
+        )
+    because = f" {escape(_sentence(reason))}" if isinstance(reason, str) and reason else ""
+    return f"Images were judged one by one.{because} Do not read this as “clean”: nothing was ruled out."
+
+
+def _method(summary: Mapping[str, Any]) -> tuple[str, ...]:
+    """How the answer was reached."""
+    if _by_detector(summary):
+        return (
+            "Every image got a score, from itself, the detector and its encoder alone; higher is more suspicious.",
+            "The threshold was read off the scores of calibration images: of innocent images of their kind, no more "
+            "than the stated share lies above it.",
+            "The verdict compares how many images lie above it with how many innocent ones would, exactly. Only then "
+            "are images flagged. A spectral-dct without calibration images tests the signs of large coefficients, "
+            "which are fair coins in pictures.",
+        )
+    steps = (
+        "The encoder turns every image into a point; images that it takes for alike form clusters.",
+        "In the images that are most typical of each cluster, the scan finds the region that decides, by hiding one "
+        "part after the other or from the network’s gradients. That region is cut out as a candidate.",
+        "Each candidate is pasted on other images. An ordinary piece of a picture rarely changes what they look like "
+        "to the encoder; a trigger changes it again and again, always to the same cluster.",
+        "The best candidates are fixed, then tested once more on images that the search never touched, against their "
+        "own pixels shuffled. Only what passes counts as a trigger, and only then is a classifier trained on it to "
+        "find all of its copies.",
+    )
+    if not summary.get("screens"):
+        return steps
+    return (
+        *steps,
+        "Beside that, the screen for waves counts the signs of unusually large coefficients of the chroma. In pictures "
+        "they are fair coins, since a picture is as likely as its mirror image; a wave that was added has one sign.",
+    )
+
+
+def _next_steps(result: ScanResult, location: str, run: str) -> tuple[Step, ...]:
+    verdict = result.verdict
     if verdict == "poisoned":
         return (
             Step(
                 "Look at the trigger below. A watermark or a logo can act like one; you can tell them apart by eye."
+                if result.triggers
+                else "Look at the flagged images below, enlarged; what they share may be too faint to see."
             ),
             Step(
                 "Write the data set without the flagged images; the source is not touched.",
@@ -300,6 +419,13 @@ def _next_steps(verdict: Verdict, location: str, run: str) -> tuple[Step, ...]:
             Step("Nothing needs to be removed."),
             Step(
                 "Read what was not tested. Where the images come from strangers, scan again whenever they change."
+            ),
+        )
+    if _by_detector(result.summary):
+        return (
+            Step(
+                "Give other images of the same kind with --auxiliary, or a --detector that was made on such; the order "
+                "of the images below holds either way."
             ),
         )
     return (
@@ -387,6 +513,21 @@ def _trigger_section(number: int, trigger: TriggerFinding, summary: Mapping[str,
     )
 
 
+def _benign_section(number: int, pattern: BenignPattern) -> BenignSection:
+    return BenignSection(
+        number=number,
+        sentence=(
+            f"The same pixels lie in {_count(pattern.n_sources)} of the images that were examined. Pasted on other "
+            f"images they moved {percent(pattern.flip_rate)} into one cluster, and shuffled "
+            f"{percent(pattern.control_rate)}: the pattern steers nothing. So it is with a watermark, a logo or a "
+            "frame, and with crops that overlap."
+        ),
+        sheet=trigger_sheet(pattern.patches, columns=12, side=64, most=48),
+        sources=tuple(shorten(id) for id in pattern.source_ids[:MOST_NAMES]),
+        n_sources=pattern.n_sources,
+    )
+
+
 def _scope(summary: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The scope as two lists of sentences, whatever form it has: a text, a list, or tested and not tested."""
     scope = summary.get("scope")
@@ -445,12 +586,14 @@ def _candidates(evidence: Evidence, findings: pd.DataFrame) -> tuple[Candidate, 
     candidates = []
     for index, id in enumerate(evidence.ids[:MOST_CANDIDATES]):
         plain = as_pixels(evidence.pixels[index])
-        heat = overlay(plain, evidence.attention[index].cpu().float().numpy())
-        large, large_heat = enlarge(plain, _PICTURE), enlarge(heat, _PICTURE)
+        attention = evidence.attention[index].cpu().float().numpy()
+        large = enlarge(plain, _PICTURE)
+        large_heat = enlarge(overlay(plain, attention), _PICTURE) if attention.any() else None
         row = rows.get(id, {})
         box = _box(row)
         if box is not None:
-            large, large_heat = outline(large, box), outline(large_heat, box)
+            large = outline(large, box)
+            large_heat = None if large_heat is None else outline(large_heat, box)
         facts = tuple(
             Fact(name, text) for name, key, style in _CANDIDATE_FACTS if (text := _cell(row, key, style))
         )

@@ -23,7 +23,7 @@ def write_report(
     location: str | None = None,
     command: str = "",
 ) -> Path:
-    """Write `triggers/trigger-N.png` and `report.html` into a run folder; existing ones are replaced.
+    """Write `triggers/`, `benign/` and `report.html` into a run folder; existing files are replaced.
 
     Args:
         folder: of the run.
@@ -38,7 +38,7 @@ def write_report(
     place = location or _text(result.summary, "location", "images") or "IMAGES"
     command = command or _text(result.summary, "command") or _command(result.summary, place, folder)
     report = make_report(result, images=images, location=place, run=str(folder), command=command)
-    write_trigger_sheets(result.triggers, folder)
+    write_trigger_sheets(result.triggers, folder, result.benign_patterns)
     page = folder / "report.html"
     with atomic_file(page) as file:
         file.write(as_html(report).encode("utf-8", "backslashreplace"))
@@ -48,6 +48,9 @@ def write_report(
 def _command(summary: dict[str, Any], location: str, folder: Path) -> str:
     encoder = _text(summary, "encoder")
     words = ["unpoison", "scan", location, *(["--encoder", encoder] if encoder else []), "--out", str(folder)]
+    config = summary.get("config")
+    method = _text(config, "method") if isinstance(config, dict) else ""
+    words += ["--method", method] if method and method != "auto" else []
     seed = summary.get("seed")
     return shlex.join(words + ([f"--seed={seed}"] if seed else []))
 

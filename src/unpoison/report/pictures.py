@@ -20,7 +20,7 @@ from torch import Tensor
 
 from unpoison.data.export import atomic_file
 from unpoison.errors import ShapeError
-from unpoison.records import Box, TriggerFinding
+from unpoison.records import BenignPattern, Box, TriggerFinding
 
 __all__ = [
     "Picture",
@@ -165,19 +165,20 @@ def trigger_sheet(patches: Tensor, *, columns: int = 10, side: int = 96, most: i
     return Picture(sheet, tiles[0].scale)
 
 
-def write_trigger_sheets(triggers: Sequence[TriggerFinding], folder: Path) -> tuple[str, ...]:
-    """Write `triggers/trigger-1.png` and so on below a run folder.
+def write_trigger_sheets(
+    triggers: Sequence[TriggerFinding], folder: Path, benign: Sequence[BenignPattern] = ()
+) -> tuple[str, ...]:
+    """Write `triggers/trigger-1.png` and so on below a run folder, and `benign/pattern-1.png` for what steers nothing.
 
     Returns:
-        Their paths relative to the folder, in the order of the triggers.
+        Their paths relative to the folder, in the order of the triggers and then of the benign patterns.
     """
-    names = []
-    for number, trigger in enumerate(triggers, start=1):
-        name = f"triggers/trigger-{number}.png"
+    named = [(f"triggers/trigger-{n}.png", found.patches) for n, found in enumerate(triggers, start=1)]
+    named += [(f"benign/pattern-{n}.png", found.patches) for n, found in enumerate(benign, start=1)]
+    for name, patches in named:
         with atomic_file(folder / name) as file:
-            Image.fromarray(trigger_sheet(trigger.patches).pixels).save(file, format="PNG")
-        names.append(name)
-    return tuple(names)
+            Image.fromarray(trigger_sheet(patches).pixels).save(file, format="PNG")
+    return tuple(name for name, _ in named)
 
 
 def data_uri(pixels: Pixels, *, lossless: bool = True) -> str:

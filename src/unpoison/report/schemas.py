@@ -33,7 +33,9 @@ _VERDICT = _object(
         "method": _said("string", "The method that searched."),
         "alpha": _said("number", "Allowed false-alarm rate.", exclusiveMinimum=0, exclusiveMaximum=0.5),
         "p_value": _said(
-            ["number", "null"], "Of the best finalist; null when nothing reached the confirmation."
+            ["number", "null"],
+            "Compares with alpha: of the best finalist, of a detector, or of the patch search and its screens "
+            "together; null when nothing was tested.",
         ),
         "n_images": _count("All images that the source named: n_scored + n_unscored + n_skipped."),
         "n_scored": _count("Examined one by one."),
@@ -60,7 +62,42 @@ _VERDICT = _object(
                 optional=("n_flagged", "list"),
             ),
         },
+        "benign_patterns": {
+            "type": "array",
+            "description": "The same pixels in several images, which steer nothing; no part of the verdict.",
+            "items": _object(
+                {
+                    "flip_rate": _share("Of the search's images, moved to the cluster that gains most."),
+                    "control_rate": _share("The same for the shuffled patches."),
+                    "n_sources": _count("Distinct images, among those examined, that carry it."),
+                    "sources": {"type": "array", "items": {"type": "string"}, "description": "Their ids."},
+                    "image": _said("string", "Picture, relative to the run folder."),
+                }
+            ),
+        },
         "scope": {"description": "What was and what was not tested."},
+        "screens": {
+            "type": "array",
+            "description": "Cheap tests beside the patch search; absent when it ran alone.",
+            "items": _object(
+                {
+                    "method": _said("string", "spectral-dct."),
+                    "verdict": {"enum": ["poisoned", "no_evidence"]},
+                    "p_value": _share("Of the screen alone; compares with its own alpha."),
+                    "alpha": _said("number", "Its share of the scan's alpha.", minimum=0, maximum=1),
+                    "n_flagged": _count(
+                        "Images flagged by it; `trigger` is null for those that only it flags."
+                    ),
+                    "frequencies": {
+                        "type": "array",
+                        "description": "channel (0 U, 1 V), row and column of each coefficient that passes.",
+                        "items": {"type": "array", "items": {"type": "integer", "minimum": 0}},
+                    },
+                }
+            ),
+        },
+        "rule": _said("string", "What the p-value of a detector compares; absent for a patch search."),
+        "detector": _said("object", "Threshold, calibration and settings of a detector; absent otherwise."),
         "reason": _said("string", "Why the verdict is inconclusive; absent otherwise."),
         "location": _said("string", "Where the images came from."),
         "coverage": _share("Of the named images that could be read."),
@@ -78,6 +115,10 @@ _VERDICT = _object(
         "versions": _said("object", "Of unpoison and its libraries."),
     },
     optional=(
+        "screens",
+        "rule",
+        "detector",
+        "benign_patterns",
         "reason",
         "location",
         "coverage",
@@ -113,7 +154,7 @@ _BOX = _object({name: _count(f"{name}, pixels of the stored image") for name in 
 
 _PLAN = _object(
     {
-        "schema": {"const": 1},
+        "schema": {"enum": [1, 2]},
         "method": _said("string", "Name of the attack."),
         "seed": _said("integer", "Determines every draw."),
         "config": _said("object", "The attack's settings."),
@@ -133,7 +174,14 @@ _PLAN = _object(
                     "resample": {"enum": ["nearest", "bilinear", "bicubic"]},
                     "png": _said("string", "The pattern, PNG in base64."),
                     "n_class": _count("Images of the target class."),
-                }
+                    "kind": _said(
+                        "string", "corner, ctrl, blended or sig; absent from a patch at a free place."
+                    ),
+                    "strength": _said(
+                        "number", "Of a trigger that changes the whole image; absent from others."
+                    ),
+                },
+                optional=("kind", "strength"),
             ),
         },
         "poisoned": {
@@ -265,7 +313,12 @@ _AUDIT = _object(
                 }
             ),
         },
-        "reference": _said(["string", "null"], "Name of the reference file."),
+        "second_opinion": _said(
+            ["object", "null"],
+            "What SSL-Cleanse says: anomaly_index, threshold, outlier, cluster, mask_shares by cluster, box; "
+            "no part of the verdict, null with --faithful.",
+        ),
+        "reference": _said(["string", "null"], "Name of the reference file; null when only ours was used."),
         "reference_shares": {
             "type": "array",
             "description": "mask_share of the clean encoders, ascending.",

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from unpoison.errors import ConfigError
 
 __all__ = [
     "CARRIERS",
+    "DETECTORS",
     "MOST_BENIGN",
     "MOST_DIRECTIONS",
     "MOST_FINALISTS",
     "PICTURES",
+    "SCREEN_SHARE",
     "TRIALS",
     "ScanConfig",
     "held_out_count",
@@ -35,6 +37,14 @@ MOST_BENIGN = 64
 PICTURES = 24
 """Highest-scored images that the report shows with their attention."""
 
+DETECTORS = ("backdoor-ids", "cross-encoder", "dede", "spectral-dct")
+"""Methods that judge images one by one; see `scan.detector.METHODS`."""
+
+SCREEN_SHARE = 0.1
+"""Of alpha: what the spectral screen may use up when it runs beside the patch search, which has the rest."""
+
+_ANY_METHOD = ("method", "alpha", "faithful", "false_positive_rate")
+
 
 def held_out_count(n_images: int) -> int:
     """Images kept for the confirmation, which the search never sees."""
@@ -49,7 +59,10 @@ class ScanConfig:
     records what was taken.
 
     Attributes:
-        method: `poisoncam` (masks) or `patchsearch` (Grad-CAM).
+        method: `auto`: the patch search by masks and, where images have at least 32 pixels, the spectral screen. A
+            patch search alone: `poisoncam` (masks; what `auto` becomes with `faithful`) or `patchsearch` (Grad-CAM). Or
+            a detector, which judges images one by one: a name in `DETECTORS`; it has no settings but `alpha`,
+            `false_positive_rate` and, for `dede`, `faithful`.
         clusters: K of k-means.
         window: side of a trigger candidate, in encoder-input pixels.
         attention: `mask` or `gradcam`; None is the method's own.
@@ -66,6 +79,8 @@ class ScanConfig:
         prune: share of the clusters dropped per round, (0, 1).
         exploit: images examined again, or anew, along the trigger direction.
         top_k: patches that train the classifier.
+        filter_steps: of each network of the classifier, at most. None: 120, or 2000 with `faithful`. 0 trains none:
+            then only those images are flagged that confirmed windows were cut from.
         alpha: allowed false-alarm rate of the verdict, (0, 0.5).
         faithful: run the search as published: random masks, equation 2, no control patches, the whole flip set,
             no second look. Settings that contradict it are refused.
@@ -75,9 +90,10 @@ class ScanConfig:
             smaller to fit, the confirmation never is.
         max_seconds: the same by the clock: passes are counted at the rate at which the features were extracted.
         race: drop a candidate of the rounds as soon as the flip images seen so far speak against it.
+        false_positive_rate: of a detector: share of innocent images that it may flag, (0, 0.5].
     """
 
-    method: str = "poisoncam"
+    method: str = "auto"
     clusters: int | None = None
     window: int | None = None
     attention: str | None = None
@@ -91,16 +107,18 @@ class ScanConfig:
     prune: float = 0.25
     exploit: int = 300
     top_k: int = 20
+    filter_steps: int | None = None
     alpha: float = 0.01
     faithful: bool = False
     min_poison: float | None = None
     max_passes: int | None = None
     max_seconds: float | None = None
     race: bool = False
+    false_positive_rate: float = 0.01
 
     def __post_init__(self) -> None:
         choices: dict[str, tuple[str | None, ...]] = {
-            "method": ("poisoncam", "patchsearch"),
+            "method": ("auto", "poisoncam", "patchsearch", *DETECTORS),
             "attention": ("mask", "gradcam", None),
             "masks": ("grid", "random", "blocks", "pixels", None),
             "fill": ("mean", "black"),
@@ -117,6 +135,8 @@ class ScanConfig:
             value = getattr(self, name)
             if value is not None and value < 2:
                 raise ConfigError(f"{name}={value}: expected at least 2")
+        if self.filter_steps is not None and self.filter_steps < 0:
+            raise ConfigError(f"filter_steps={self.filter_steps}: expected 0 or more")
         if not 0 < self.prune < 1:
             raise ConfigError(f"prune={self.prune}: expected a fraction between 0 and 1")
         if not 0 < self.alpha < 0.5:
@@ -129,6 +149,13 @@ class ScanConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"{name}={value}: expected more than 0")
+        if not 0 < self.false_positive_rate <= 0.5:
+            raise ConfigError(
+                f"false_positive_rate={self.false_positive_rate}: expected a share above 0, at most 0.5"
+            )
+        self._check_method()
+        if self.faithful and self.method == "auto":  # as published: the search alone
+            object.__setattr__(self, "method", "poisoncam")
         ours = [n for n in ("max_passes", "max_seconds", "race") if getattr(self, n)]
         if self.faithful and ours:
             raise ConfigError(
@@ -142,8 +169,37 @@ class ScanConfig:
                 "source; drop one of them"
             )
 
+    @property
+    def by_detector(self) -> bool:
+        """Whether images are judged one by one, and not searched for a pattern that recurs."""
+        return self.method in DETECTORS
+
+    @property
+    def with_screen(self) -> bool:
+        """Whether the spectral screen runs beside the patch search."""
+        return self.method == "auto"
+
+    def _check_method(self) -> None:
+        """Refuse settings that the method does not have."""
+        changed = [entry.name for entry in fields(self) if getattr(self, entry.name) != entry.default]
+        if not self.by_detector:
+            if "false_positive_rate" in changed:
+                raise ConfigError(
+                    f"false_positive_rate={self.false_positive_rate}: is a setting of detectors; leave it out, or give "
+                    f"a method: {' or '.join(DETECTORS)}"
+                )
+            return
+        for name in changed:
+            if name not in _ANY_METHOD:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)}: {self.method} judges images one by one and has no such setting; "
+                    "leave it out"
+                )
+        if self.faithful and self.method != "dede":
+            raise ConfigError(f"faithful: {self.method} has no published settings; leave it out")
+
     def resolve(self, n_images: int, image_size: int) -> ScanConfig:
-        """The same settings with every None filled in.
+        """The same settings with every None filled in; those of a detector are complete as they are.
 
         K follows the smallest number of poisons worth catching: four clusters for it, so that poison does not share
         a cluster with its class. Published attacks need a few hundred images, hence the floor of 400.
@@ -155,6 +211,8 @@ class ScanConfig:
         Raises:
             ConfigError: the window does not fit the images, or there are more clusters than images.
         """
+        if self.by_detector:
+            return self
         smallest = max(0.005 * n_images, 400)
         if self.min_poison is not None:
             smallest = self.min_poison * (n_images if self.min_poison < 1 else 1)

@@ -148,13 +148,14 @@ def expected_cost(
         StageCost("confirm", confirmation(1), confirmation(MOST_FINALISTS)),
         StageCost("evidence", pictures * (along if directed else heat), pictures * max(along, heat)),
     ]
-    classifier = ClassifierConfig.published() if config.faithful else ClassifierConfig()
+    classifier = ClassifierConfig.of_scan(config)
+    networks = 0 if config.filter_steps == 0 else classifier.networks
     side = 3 * image_size**2
     per_chunk = max(batch_size, masks, n_flips)
     return ScanCost(
         stages=tuple(stages),
-        classifier_trained=classifier.networks * classifier.iterations * classifier.batch_size,
-        classifier_judged=classifier.networks * n_images,
+        classifier_trained=networks * classifier.iterations * classifier.batch_size,
+        classifier_judged=networks * n_images,
         # Pixels may be a memory map, but are all read; features twice, while they are made unit length; the similarity
         # to all centroids in k-means; a batch as bytes and as floats.
         memory=n_images * (side + 8 * features + 4 * config.clusters)

@@ -10,6 +10,7 @@ A detector is frozen once it is made; scoring keeps nothing, so several threads 
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -29,7 +30,7 @@ from unpoison.runtime import Progress, silent, stage_generator
 from unpoison.scan.backdoor_ids import BackdoorIds, BackdoorIdsConfig
 from unpoison.scan.cross_encoder import CrossEncoder, CrossEncoderConfig, fit_cross_encoder
 from unpoison.scan.dede import Dede, DedeConfig, fit_dede
-from unpoison.scan.spectral_dct import SpectralDct, SpectralDctConfig, fit_spectral_dct
+from unpoison.scan.spectral_dct import SpectralDct, SpectralDctConfig, find_waves, fit_spectral_dct
 
 __all__ = [
     "DETECTOR_SCHEMA",
@@ -42,7 +43,12 @@ __all__ = [
     "calibrate",
     "detect",
     "fit_detector",
+    "judge",
+    "least_rate",
     "load_detector",
+    "make_config",
+    "passes_per_image",
+    "restore_detector",
 ]
 
 DETECTOR_SCHEMA = "unpoison/detector/1"
@@ -212,6 +218,23 @@ class Detector:
         """(N,) bool: which images score above the threshold; arguments and errors as of `score`."""
         return self.score(images, batch_size=batch_size) > self.calibration.threshold
 
+    def fingerprint(self) -> str:
+        """Hex digest of everything that a score or a flag depends on."""
+        total = hashlib.sha256(
+            repr((self.calibration, self.scorer.config, self.encoders, self.size)).encode()
+        )
+        for name, tensor in sorted(self.scorer.tensors().items()):
+            total.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+        return total.hexdigest()
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """All that fitting and calibrating gave, for the cache of a run; see `restore_detector`."""
+        found = {name: tensor.detach().cpu() for name, tensor in self.scorer.tensors().items()}
+        calibration = torch.tensor(
+            [self.calibration.threshold, self.calibration.n_images, self.size], dtype=torch.float64
+        )
+        return {**found, "calibration": calibration}
+
     def save(self, path: Path | str) -> None:
         """Write the detector as one .safetensors file; the encoders are not in it.
 
@@ -277,7 +300,7 @@ def fit_detector(
             )
     kind = METHODS[method]
     if config is None:
-        config = _default(method, seed)
+        config = make_config(method, seed=seed)
     if not isinstance(config, kind):
         raise ConfigError(f"{method} takes a {kind.__name__}, got a {type(config).__name__}")
     if calibration is None:
@@ -340,18 +363,46 @@ def load_detector(
     return Detector(scorer, calibration, fingerprints, size)
 
 
+def restore_detector(
+    config: DetectorConfig,
+    tensors: Mapping[str, Tensor],
+    encoder: Encoder | None,
+    *,
+    other: Encoder | None,
+    false_positive_rate: float,
+) -> Detector:
+    """The detector that `Detector.to_tensors` came from.
+
+    Args:
+        config: its settings.
+        tensors: of `Detector.to_tensors`.
+        encoder: the suspect that it was made for.
+        other: the second encoder, likewise.
+        false_positive_rate: that it was calibrated for, without setting poison aside.
+    """
+    threshold, n_images, size = tensors["calibration"].tolist()
+    calibration = Calibration(
+        threshold=threshold,
+        false_positive_rate=false_positive_rate,
+        poison_share=0.0,
+        n_images=int(n_images),
+    )
+    fitted = {name: tensor for name, tensor in tensors.items() if name != "calibration"}
+    scorer = _restore(config, fitted, encoder, other)
+    return Detector(scorer, calibration, _fingerprints(encoder, other), int(size))
+
+
 @dataclass(frozen=True, eq=False)
 class Detection:
     """What a detector says of a set of images.
 
     Attributes:
-        verdict: `poisoned` when more images are flagged than innocent ones explain, else `no_evidence`; `inconclusive`
-            when the detector was calibrated on these very images, so that the flagged share says nothing.
+        verdict: `poisoned`, `no_evidence`, or `inconclusive`, see `judge`.
         reason: of an inconclusive verdict, else empty.
-        p_value: that innocent images are flagged as often; None when inconclusive.
+        p_value: that innocent images would look as suspicious; None when inconclusive.
         findings: one row per image that the source named, columns as in findings.parquet.
         tested: sentence for the scope.
-        detector: the one that judged.
+        rule: sentence that says what the p-value compares.
     """
 
     verdict: Verdict
@@ -359,7 +410,7 @@ class Detection:
     p_value: float | None
     findings: pandas.DataFrame
     tested: str
-    detector: Detector
+    rule: str
 
 
 def detect(
@@ -368,22 +419,26 @@ def detect(
     method: str,
     *,
     detector: Detector | None = None,
+    auxiliary: Tensor | None = None,
     other: Encoder | None = None,
+    config: DetectorConfig | None = None,
     alpha: float = 0.01,
     false_positive_rate: float = 0.01,
     seed: int = 0,
     batch_size: int = 256,
     progress: Progress = silent,
 ) -> Detection:
-    """Judge every image of a set.
+    """Judge every image of a set, in memory.
 
     Args:
         images: what to judge.
         encoder: the suspect; None for `spectral-dct`.
         method: a name in `METHODS`.
-        detector: fitted and calibrated on other images. None fits and calibrates one on these images themselves: their
-            order then means something, and their flagged share nothing.
+        detector: fitted and calibrated on other images; then `auxiliary` and `config` are of no matter.
+        auxiliary: (n, 3, S, S) uint8, other images of the same kind, to fit and calibrate one here. None, and no
+            detector, takes the judged images themselves; see `judge`.
         other: the second encoder, for `cross-encoder`.
+        config: settings of the method; None = its defaults.
         alpha: allowed false-alarm rate of the verdict, (0, 0.5).
         false_positive_rate: of a detector that is made here.
         seed: of everything that is drawn.
@@ -395,15 +450,16 @@ def detect(
         ShapeError: the images are not of the detector's size.
         NoVerdictError: features or scores are not finite.
     """
-    if not 0 < alpha < 0.5:
-        raise ConfigError(f"alpha={alpha}: expected a rate in (0, 0.5)")
-    fitted_here = detector is None
+    independent = detector is not None or auxiliary is not None
+    if not independent:
+        false_positive_rate = least_rate(false_positive_rate, len(images))
     if detector is None:
         detector = fit_detector(
             method,
-            images.pixels,
+            images.pixels if auxiliary is None else auxiliary,
             encoder,
             other=other,
+            config=config,
             false_positive_rate=false_positive_rate,
             seed=seed,
             batch_size=batch_size,
@@ -414,14 +470,81 @@ def detect(
             f"method {method!r}, but the detector is one of {detector.scorer.method}: leave one of them out"
         )
     scores = detector.score(images.pixels, batch_size=batch_size, progress=progress)
-    above = scores > detector.calibration.threshold
-    verdict: Verdict = "inconclusive"
-    p_value, reason = None, "the detector was calibrated on these images; give one that was made on others"
-    if not fitted_here:
-        p_value = detector.calibration.p_value(int(above.sum()), len(images))
-        verdict, reason = ("poisoned" if p_value <= alpha else "no_evidence"), ""
-    flagged = above if verdict == "poisoned" else torch.zeros_like(above)
-    return Detection(verdict, reason, p_value, _findings(images, scores, flagged), _SCOPES[method], detector)
+    return judge(images, scores, detector, alpha=alpha, independent=independent)
+
+
+def judge(
+    images: ImageSet, scores: Tensor, detector: Detector, *, alpha: float, independent: bool
+) -> Detection:
+    """The verdict over scored images, and the list of those to remove.
+
+    A detector that was calibrated on other images counts the images above its threshold: the verdict is `poisoned` when
+    these are more than innocent ones explain, exactly (`Calibration.p_value`), and they are flagged. One that was made
+    on the judged images puts the same share above it whatever they hold. Then `spectral-dct` has a test that needs no
+    other images (`find_waves`), and the other methods give an order and no verdict.
+
+    Args:
+        images: that were scored.
+        scores: (N,) of `detector`.
+        detector: that gave them.
+        alpha: allowed false-alarm rate of the verdict, (0, 0.5).
+        independent: whether the detector was fitted and calibrated on other images.
+
+    Raises:
+        ConfigError: alpha is out of range.
+    """
+    if not 0 < alpha < 0.5:
+        raise ConfigError(f"alpha={alpha}: expected a rate in (0, 0.5)")
+    method, calibration = detector.scorer.method, detector.calibration
+    verdict: Verdict
+    p_value: float | None
+    if independent:
+        above = scores > calibration.threshold
+        p_value = calibration.p_value(int(above.sum()), len(images))
+        rule = (
+            f"{int(above.sum())} of {len(images)} images score above the threshold; of innocent images like the "
+            f"{calibration.n_images} of the calibration, at most {calibration.false_positive_rate:.2%} do"
+        )
+    elif isinstance(detector.scorer, SpectralDct):
+        waves = find_waves(images.pixels, alpha, detector.scorer.config)
+        above, p_value = waves.flagged, waves.p_value
+        rule = "signs of unusually large coefficients, which are fair coins in pictures"
+    else:
+        nothing = torch.zeros(len(images), dtype=torch.bool)
+        reason = (
+            "the detector was fitted and calibrated on these very images, so the order means something and the flagged "
+            "share nothing; give other images of the same kind with --auxiliary, or a --detector made on such"
+        )
+        return Detection(
+            "inconclusive", reason, None, _findings(images, scores, nothing), _SCOPES[method], ""
+        )
+    verdict = "poisoned" if p_value <= alpha else "no_evidence"
+    flagged = above & (verdict == "poisoned")
+    return Detection(verdict, "", p_value, _findings(images, scores, flagged), _SCOPES[method], rule)
+
+
+def least_rate(false_positive_rate: float, n_images: int) -> float:
+    """A rate for which half of these images are enough: the threshold of a detector made on them decides nothing."""
+    return min(0.5, max(false_positive_rate, 1 / (n_images // 2 + 1)))
+
+
+def passes_per_image(config: DetectorConfig) -> tuple[int, int]:
+    """Encoder passes for every image that is fitted on, and for every image that is scored."""
+    match config:
+        case SpectralDctConfig():
+            return 0, 0
+        case BackdoorIdsConfig():
+            return 0, config.steps * config.orders
+        case DedeConfig():
+            return 1, 1
+        case CrossEncoderConfig():
+            return 2, 2
+
+
+def make_config(method: str, *, faithful: bool = False, seed: int = 0) -> DetectorConfig:
+    """The default settings of a method, or with `faithful` the published ones, which `dede` alone has."""
+    config: DetectorConfig = DedeConfig.published() if faithful and method == "dede" else METHODS[method]()
+    return replace(config, seed=seed) if isinstance(config, BackdoorIdsConfig | DedeConfig) else config
 
 
 def _findings(images: ImageSet, scores: Tensor, flagged: Tensor) -> pandas.DataFrame:
@@ -440,7 +563,6 @@ def _findings(images: ImageSet, scores: Tensor, flagged: Tensor) -> pandas.DataF
         skipped["scored"] = skipped["flagged"] = False
         judged = pandas.concat([judged, skipped], ignore_index=True)
     kinds: Any = {
-        "id": object,
         "cluster": "Int32",
         "scored": bool,
         "poison_score": float,
@@ -450,7 +572,7 @@ def _findings(images: ImageSet, scores: Tensor, flagged: Tensor) -> pandas.DataF
         "trigger": "Int32",
         "skip_reason": "string",
     }
-    return judged.reindex(columns=list(kinds)).astype(kinds)
+    return judged.reindex(columns=["id", *kinds]).astype(kinds)
 
 
 def _scores(scorer: Scorer, images: Tensor, batch_size: int, progress: Progress) -> Tensor:
@@ -488,11 +610,6 @@ def _check_encoders(method: str, encoder: Encoder | None, other: Encoder | None)
         )
         raise ConfigError(f"{method} takes {wanted}")
     return None if encoder is None else encoder.preprocessing.geometry.size
-
-
-def _default(method: str, seed: int) -> DetectorConfig:
-    config = METHODS[method]()
-    return replace(config, seed=seed) if isinstance(config, BackdoorIdsConfig | DedeConfig) else config
 
 
 def _fingerprints(encoder: Encoder | None, other: Encoder | None) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ training images are whole, as the images to be judged are; the threshold is chos
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ from unpoison.runtime import (
     silent,
     stage_generator,
 )
+from unpoison.scan.config import ScanConfig
 from unpoison.scan.flip_test import draw_corners, shuffle_blocks
 
 __all__ = ["ClassifierConfig", "PoisonClassifier", "paste_resized", "train_poison_classifier"]
@@ -100,6 +101,12 @@ class ClassifierConfig:
     def published(cls) -> ClassifierConfig:
         """What the papers' commands set: five networks of full width, 2000 steps of 32 images, arg-max."""
         return cls(networks=5, iterations=2000, batch_size=32, width=64, whole_images=0.0, faithful=True)
+
+    @classmethod
+    def of_scan(cls, scan: ScanConfig) -> ClassifierConfig:
+        """The classifier that a scan with these settings trains, if `filter_steps` is not 0."""
+        config = cls.published() if scan.faithful else cls()
+        return replace(config, iterations=scan.filter_steps) if scan.filter_steps else config
 
     def sides(self, image_size: int) -> tuple[int, int]:
         """Smallest and largest side of a pasted patch in pixels, at least 2."""

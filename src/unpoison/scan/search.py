@@ -126,7 +126,7 @@ def elect(trials: list[Candidates], directions: Tensor) -> Tensor:
         push = found.flips.shift - found.flips.shift.mean(dim=0)
         along = found.flips.shift @ direction
         leaders = along.argsort(descending=True, stable=True)[:10]
-        alike = patch_similarity(found.patches[leaders]) >= SAME_PATTERN
+        alike = patch_similarity(found.patches[leaders], least=SAME_PATTERN) >= SAME_PATTERN
         supporters = leaders[alike[int(alike.sum(dim=1).argmax())]]
         recurs = len(supporters) >= 3
         better = F.normalize(push[supporters if recurs else leaders].mean(dim=0), dim=0)

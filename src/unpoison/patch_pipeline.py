@@ -1,0 +1,679 @@
+"""The patch search in code: what happens to images and their encoder on the way to confirmed triggers.
+
+images, encoder → features → clusters → search → confirmation → classifier → findings
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import pandas
+import torch
+from torch import Tensor
+
+from unpoison.encoders.encoder import Encoder
+from unpoison.encoders.extract import extract_features
+from unpoison.errors import ConfigError, NoVerdictError
+from unpoison.functional.clustering import kmeans
+from unpoison.records import (
+    BenignPattern,
+    Box,
+    Clusters,
+    Evidence,
+    Features,
+    ImageSet,
+    ScanResult,
+    TriggerFinding,
+    Verdict,
+)
+from unpoison.runs import Stages
+from unpoison.runtime import Progress, stage_generator
+from unpoison.scan.candidates import Candidates
+from unpoison.scan.config import PICTURES, TRIALS, ScanConfig, held_out_count
+from unpoison.scan.confirm import (
+    MANY_SOURCES,
+    SMALLEST_RATE,
+    BenignFinding,
+    Confirmation,
+    Finalist,
+    confirm,
+    find_benign_patterns,
+    find_finalists,
+)
+from unpoison.scan.cost import ScanCost, expected_cost, fit_budget
+from unpoison.scan.flip_test import FlipTest, nearest_rows
+from unpoison.scan.patchsearch import GradCamAttention
+from unpoison.scan.poison_classifier import ClassifierConfig, train_poison_classifier
+from unpoison.scan.poisoncam import MaskAttention
+from unpoison.scan.power import power_statement
+from unpoison.scan.search import Attention, Searcher, directed_scores, elect, vote
+
+__all__ = ["GLOBAL_TRIGGERS", "PatchBench", "coverage", "library_versions", "search_patches"]
+
+Cached = Callable[[str, Callable[[], Candidates]], Candidates]
+
+GLOBAL_TRIGGERS = "triggers that cover the whole image (frequency, blended, warping)"
+"""What a patch search never finds; a sentence of the scope."""
+
+_SECOND_LOOK_STEP = 100
+_SHARE_IN_ENCODER = 0.7
+"""Of the seconds that `max_seconds` leaves after the clusters; cutting, pasting and the report take the others."""
+
+
+@dataclass(frozen=True, eq=False)
+class PatchBench:
+    """What every stage of one patch search needs.
+
+    Attributes:
+        images: what is searched.
+        location: where they came from, for people.
+        encoder: the suspect.
+        config: resolved settings; `alpha` is the search's own.
+        run: keeps the stages.
+        seed: of every draw.
+        batch_size: images per pass.
+        progress: told (stage, done, total).
+        asked: resolved settings, before a budget made the search smaller.
+    """
+
+    images: ImageSet
+    location: str
+    encoder: Encoder
+    config: ScanConfig
+    run: Stages
+    seed: int
+    batch_size: int
+    progress: Progress
+    asked: ScanConfig
+
+    def generator(self, stage: str) -> torch.Generator:
+        """Of this stage alone, from the seed."""
+        return stage_generator(self.seed, f"scan/{stage}")
+
+    def passes(self) -> int:
+        """Images that the encoder was shown so far."""
+        return self.encoder.images_shown
+
+
+@dataclass(frozen=True, eq=False)
+class _Search:
+    """What the search found."""
+
+    candidates: Candidates
+    scores: Tensor
+    directions: Tensor
+    attention: Attention
+    flip_test: FlipTest
+    held_out: Tensor
+
+
+def search_patches(bench: PatchBench, min_coverage: float, started: float) -> ScanResult:
+    """Search, confirm, classify: the findings, and everything that verdict.json says of them.
+
+    Args:
+        bench: images, encoder, settings.
+        min_coverage: share of readable images below which the verdict is `inconclusive`.
+        started: by `time.perf_counter`, when the scan began.
+
+    Raises:
+        NoVerdictError: features are not finite, or no time is left for the smallest search.
+    """
+    features = _features(bench)
+    clusters = _clusters(bench, features)
+    bench = _within_seconds(bench, started)
+    search = _search(bench, features, clusters)
+    finalists = find_finalists(search.candidates, search.scores, bench.images, search.directions)
+    confirmations = _confirm(bench, clusters, search, finalists)
+    accepted = [
+        (finalist, said)
+        for finalist, said in zip(finalists, confirmations, strict=True)
+        if said.p_value <= bench.config.alpha
+    ]
+    accepted.sort(key=lambda pair: pair[1].flip_rate, reverse=True)
+    search = _rank_by_confirmed(search, [finalist for finalist, _ in accepted])
+    probability, threshold = _classify(bench, clusters, search, [finalist for finalist, _ in accepted])
+    triggers = tuple(_trigger(bench, search, finalist, said) for finalist, said in accepted)
+    verdict, reason = _judge(
+        bench.images, finalists, confirmations, bool(triggers), bench.config.alpha, min_coverage
+    )
+    harmless = find_benign_patterns(search.candidates, bench.images, [finalist for finalist, _ in accepted])
+    benign = tuple(_benign_pattern(bench, search, found) for found in harmless)
+    carried = _carried(features, clusters, triggers)
+    findings = _findings(bench, clusters, search, triggers, carried, probability, threshold)
+    evidence = _evidence(bench, search)
+    summary = _summary(bench, search, verdict, reason, findings, triggers, accepted, confirmations, started)
+    summary["benign_patterns"] = [
+        {
+            "flip_rate": pattern.flip_rate,
+            "control_rate": pattern.control_rate,
+            "n_sources": pattern.n_sources,
+            "sources": list(pattern.source_ids),
+            "image": f"benign/pattern-{number}.png",
+        }
+        for number, pattern in enumerate(benign, start=1)
+    ]
+    return ScanResult(verdict, findings, triggers, evidence, summary, benign)
+
+
+def _judge(
+    images: ImageSet,
+    finalists: list[Finalist],
+    confirmations: list[Confirmation],
+    confirmed: bool,
+    alpha: float,
+    min_coverage: float,
+) -> tuple[Verdict, str]:
+    """The verdict, and what kept it from being a plain one."""
+    if confirmed:
+        return "poisoned", ""
+    for finalist, said in zip(finalists, confirmations, strict=True):
+        if said.steering_p_value <= alpha and len(finalist.members) >= MANY_SOURCES:
+            return "inconclusive", (
+                f"one pattern recurs in {len(finalist.members)} images and moves {said.flip_rate:.0%} of other images, "
+                f"but its shuffled pixels move {said.control_rate:.0%} too: the encoder obeys a colour, planted or "
+                "natural; look at these images in the report"
+            )
+    covered = coverage(images)
+    if covered < min_coverage:
+        return "inconclusive", (
+            f"{covered:.1%} of the images could be read, less than the {min_coverage:.1%} asked for; repair them, "
+            "or lower --min-coverage"
+        )
+    return "no_evidence", ""
+
+
+def coverage(images: ImageSet) -> float:
+    """Share of the named images that could be read."""
+    return len(images) / (len(images) + len(images.skipped))
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python, unpoison and its libraries, for verdict.json."""
+    return {
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in ("unpoison", "torch", "timm", "numpy")},
+    }
+
+
+def _features(bench: PatchBench) -> Features:
+    def compute() -> dict[str, Tensor]:
+        found = extract_features(
+            bench.encoder, bench.images, batch_size=bench.batch_size, progress=bench.progress
+        )
+        return {"values": found.values}
+
+    return Features(bench.images.ids, bench.run.stage("features", compute, passes=bench.passes)["values"])
+
+
+def _clusters(bench: PatchBench, features: Features) -> Clusters:
+    def compute() -> dict[str, Tensor]:
+        assert bench.config.clusters is not None
+        found = kmeans(
+            features.values.to(bench.encoder.device),
+            bench.config.clusters,
+            generator=bench.generator("kmeans"),
+            progress=lambda done, total: bench.progress("cluster", done, total),
+        )
+        return {"centroids": found.centroids.cpu(), "assignment": found.assignment.cpu()}
+
+    return Clusters(**bench.run.stage("clusters", compute))
+
+
+def _within_seconds(bench: PatchBench, started: float) -> PatchBench:
+    """The bench with a search that fits what is left of `max_seconds`, at the rate of the features."""
+    seconds = bench.config.max_seconds
+    if seconds is None:
+        return bench
+    n_images = len(bench.images)
+
+    def compute() -> dict[str, Tensor]:
+        left = max(0.0, seconds - (time.perf_counter() - started)) * _SHARE_IN_ENCODER
+        rate = n_images / max(bench.run.seconds["features"], 1e-9)
+        return {"passes": torch.tensor(n_images + int(left * rate))}
+
+    # A stage, so that a resumed run goes on with the search that it began with.
+    granted = int(bench.run.stage("budget", compute)["passes"])
+    try:
+        config = fit_budget(bench.config, n_images, bench.images.size, granted)
+    except ConfigError as error:
+        raise NoVerdictError(
+            f"max_seconds={seconds}: too little for the smallest search on this machine; raise it, or scan fewer "
+            "images with --sample"
+        ) from error
+    return replace(bench, config=config)
+
+
+def _search(bench: PatchBench, features: Features, clusters: Clusters) -> _Search:
+    """Explore as published; then, unless another score is wanted, vote, and look again along the elected directions."""
+    config = bench.config
+    assert config.score is not None, "the config is resolved before the search"
+    searcher, held_out = _prepare(bench, features, clusters)
+    cached = partial(_cached, bench)
+    candidates = searcher.explore(cached)
+    directions = torch.empty(0, features.values.shape[1])
+    if config.score == "directed":
+        directions = _directions(searcher, candidates, cached)
+        candidates = _second_look(searcher, candidates, directions, cached)
+        scores = directed_scores(candidates, directions)
+    else:
+        scores = candidates.flips.score(config.score, candidates.own)
+    return _Search(candidates, scores, directions, searcher.attention, searcher.flip_test, held_out)
+
+
+def _cached(bench: PatchBench, name: str, compute: Callable[[], Candidates]) -> Candidates:
+    return Candidates.from_tensors(bench.run.stage(name, lambda: compute().to_tensors(), passes=bench.passes))
+
+
+def _prepare(bench: PatchBench, features: Features, clusters: Clusters) -> tuple[Searcher, Tensor]:
+    """The parts of the search, and the images that it must not touch."""
+    config = bench.config
+    assert config.window is not None and config.n_flips is not None, (
+        "the config is resolved before the search"
+    )
+    n_images = len(bench.images)
+    held_out = torch.randperm(n_images, generator=bench.generator("split"))[: held_out_count(n_images)]
+    allowed = torch.ones(n_images, dtype=torch.bool)
+    allowed[held_out] = False
+    rows = nearest_rows(
+        features.values, clusters, allowed, config.n_flips, generator=bench.generator("flip set")
+    )
+    flip_test = FlipTest.draw(
+        bench.encoder,
+        bench.images,
+        clusters,
+        rows,
+        config.window,
+        generator=bench.generator("flip corners"),
+        with_control=not config.faithful,
+        batch_size=bench.batch_size,
+    )
+    attention: Attention
+    if config.attention == "gradcam":
+        attention = GradCamAttention(bench.encoder, clusters, config, batch_size=bench.batch_size)
+    else:
+        attention = MaskAttention(
+            bench.encoder, clusters, config, generator=bench.generator("masks"), batch_size=bench.batch_size
+        )
+    searcher = Searcher(
+        bench.images, clusters, attention, flip_test, config, allowed, bench.generator, bench.progress
+    )
+    return searcher, held_out
+
+
+def _directions(searcher: Searcher, explored: Candidates, cached: Cached) -> Tensor:
+    """Where the strongest candidates push, tried on windows found by looking along each direction."""
+    directions = vote(explored)
+    if len(directions) == 0:
+        return directions
+    strongest = explored.flips.score("concentrated", explored.own).argsort(descending=True, stable=True)
+    rows = explored.rows[strongest[:TRIALS]]
+    trials = [
+        cached(f"trial-{number}", partial(searcher.look_again, rows, direction[None], f"trial/{number}"))
+        for number, direction in enumerate(directions)
+    ]
+    return elect(trials, directions)
+
+
+def _second_look(searcher: Searcher, explored: Candidates, directions: Tensor, cached: Cached) -> Candidates:
+    """Images of the clusters that push along the directions, scored by the windows that carry these."""
+    rows = searcher.exploit_rows(explored, directions, searcher.config.exploit)
+    found = []
+    for start in range(0, len(rows), _SECOND_LOOK_STEP):
+        part = rows[start : start + _SECOND_LOOK_STEP]
+        name = f"exploit-{start // _SECOND_LOOK_STEP:02d}"
+        found.append(cached(name, partial(searcher.look_again, part, directions, name)))
+        searcher.progress("search again", start + len(part), len(rows))
+    seen_once = explored.take((~torch.isin(explored.rows, rows)).nonzero().flatten())
+    return Candidates.concatenate([*found, seen_once])
+
+
+def _confirm(
+    bench: PatchBench, clusters: Clusters, search: _Search, finalists: list[Finalist]
+) -> list[Confirmation]:
+    said: list[Confirmation] = []
+
+    def compute() -> dict[str, Tensor]:
+        said.extend(
+            confirm(
+                bench.encoder,
+                bench.images,
+                clusters,
+                search.candidates,
+                finalists,
+                search.held_out,
+                search.flip_test,
+                generator=bench.generator("confirm"),
+                batch_size=bench.batch_size,
+            )
+        )
+        rows = [[c.flip_rate, c.control_rate, c.tau, c.p_value, c.n_images, c.steering_p_value] for c in said]
+        return {"confirmations": torch.tensor(rows, dtype=torch.float64).view(-1, 6)}
+
+    rows = bench.run.stage("confirm", compute, passes=bench.passes)["confirmations"].tolist()
+    return [Confirmation(r[0], r[1], r[2], r[3], int(r[4]), r[5]) for r in rows]
+
+
+def _rank_by_confirmed(search: _Search, finalists: list[Finalist]) -> _Search:
+    """Scores along the directions of confirmed triggers only.
+
+    A benign window can push harder than a trigger (a pen stroke makes another digit); once it is known which patterns
+    are triggers, only their push is evidence of poison.
+    """
+    if not finalists or len(search.directions) == 0:
+        return search
+    shift = search.candidates.flips.shift
+    pushes = torch.stack([shift[f.members].mean(dim=0) for f in finalists]) - shift.mean(dim=0)
+    directions = torch.nn.functional.normalize(pushes, dim=1)
+    return replace(search, directions=directions, scores=directed_scores(search.candidates, directions))
+
+
+def _classify(
+    bench: PatchBench, clusters: Clusters, search: _Search, finalists: list[Finalist]
+) -> tuple[Tensor | None, float]:
+    """Every image's probability of carrying a confirmed trigger; nothing is trained when nothing is confirmed."""
+    if not finalists or bench.config.filter_steps == 0:
+        return None, 1.0
+    candidates = search.candidates
+    members = torch.cat([finalist.members for finalist in finalists])
+    # Each trigger sends its strongest windows, in turn, until there are top_k.
+    turns = [
+        int(f.members[place])
+        for place in range(max(len(f.members) for f in finalists))
+        for f in finalists
+        if place < len(f.members)
+    ][: bench.config.top_k]
+    chosen = torch.tensor(turns)
+    suspected = torch.zeros(len(clusters.centroids), dtype=torch.bool)
+    suspected[candidates.own[members]] = True
+    base = (~suspected[clusters.assignment]).nonzero().flatten()
+    if len(base) < 0.2 * len(
+        bench.images
+    ):  # poison everywhere: leave out only what carries a confirmed trigger
+        innocent = torch.ones(len(bench.images), dtype=torch.bool)
+        innocent[candidates.rows[members]] = False
+        base = innocent.nonzero().flatten()
+    harmless = search.scores.argsort(stable=True)[: max(20, len(candidates) // 4)]
+    harmless = harmless[~torch.isin(harmless, members)]
+
+    def compute() -> dict[str, Tensor]:
+        classifier = train_poison_classifier(
+            bench.images,
+            candidates.patches[chosen],
+            base_rows=base,
+            benign_patches=candidates.patches[harmless],
+            positives=candidates.rows[chosen],
+            config=ClassifierConfig.of_scan(bench.config),
+            seed=bench.seed,
+            device=str(bench.encoder.device),
+            precision="bf16" if bench.encoder.precision == torch.bfloat16 else "fp32",
+            progress=bench.progress,
+        )
+        probability = classifier.probability(bench.images.pixels)
+        return {
+            "probability": probability,
+            "threshold": torch.tensor(classifier.threshold, dtype=torch.float64),
+        }
+
+    found = bench.run.stage("classifier", compute)
+    return found["probability"], float(found["threshold"])
+
+
+def _trigger(bench: PatchBench, search: _Search, finalist: Finalist, said: Confirmation) -> TriggerFinding:
+    side = search.candidates.patches.shape[-1]
+    rows = search.candidates.rows[finalist.members].tolist()
+    corners = search.candidates.corners[finalist.members].tolist()
+    return TriggerFinding(
+        target_cluster=finalist.target_cluster,
+        target_clusters=tuple(finalist.attractors.tolist()),
+        flip_rate=said.flip_rate,
+        control_rate=said.control_rate,
+        p_value=said.p_value,
+        n_sources=len(rows),
+        source_ids=tuple(bench.images.ids[row] for row in rows),
+        boxes=tuple(Box(left, top, side, side) for top, left in corners),
+        patches=search.candidates.patches[finalist.members],
+    )
+
+
+def _benign_pattern(bench: PatchBench, search: _Search, found: BenignFinding) -> BenignPattern:
+    carriers = search.candidates.take(found.members)
+    side = carriers.patches.shape[-1]
+    return BenignPattern(
+        flip_rate=found.flip_rate,
+        control_rate=found.control_rate,
+        n_sources=len(carriers),
+        source_ids=tuple(bench.images.ids[row] for row in carriers.rows.tolist()),
+        boxes=tuple(Box(left, top, side, side) for top, left in carriers.corners.tolist()),
+        patches=carriers.patches,
+    )
+
+
+def _carried(features: Features, clusters: Clusters, triggers: tuple[TriggerFinding, ...]) -> Tensor:
+    """The trigger of each image, if it carries one: (N,) int64 from 1. Poison lives where its trigger leads."""
+    if not triggers:
+        return torch.zeros(len(features.ids), dtype=torch.int64)
+    nearness = [
+        (features.values @ clusters.centroids[list(trigger.target_clusters)].T).amax(dim=1)
+        for trigger in triggers
+    ]
+    carried = torch.stack(nearness).argmax(dim=0) + 1
+    row_of = {id_: row for row, id_ in enumerate(features.ids)}
+    for number, trigger in enumerate(triggers, start=1):
+        carried[[row_of[source] for source in trigger.source_ids]] = number
+    return carried
+
+
+def _findings(
+    bench: PatchBench,
+    clusters: Clusters,
+    search: _Search,
+    triggers: tuple[TriggerFinding, ...],
+    carried: Tensor,
+    probability: Tensor | None,
+    threshold: float,
+) -> pandas.DataFrame:
+    """One row for every image that the source named; what was not examined is empty, not zero."""
+    images, candidates = bench.images, search.candidates
+    table = pandas.DataFrame({"id": list(images.ids), "cluster": clusters.assignment.numpy()})
+    table["scored"] = False
+    rows = candidates.rows.numpy()
+    table.loc[rows, "scored"] = True
+    scores = pandas.Series(search.scores.double().numpy(), index=rows)
+    table["poison_score"] = scores.reindex(table.index)
+    side = candidates.patches.shape[-1]
+    for name, values in (
+        ("box_x", candidates.corners[:, 1]),
+        ("box_y", candidates.corners[:, 0]),
+        ("box_w", torch.full((len(rows),), side)),
+        ("box_h", torch.full((len(rows),), side)),
+    ):
+        table[name] = pandas.Series(values.numpy(), index=rows, dtype="Int32").reindex(table.index)
+    sources = {source for trigger in triggers for source in trigger.source_ids}
+    if probability is None:
+        table["poison_probability"] = float("nan")
+        table["flagged"] = table["id"].isin(sources)
+    else:
+        table["poison_probability"] = probability.double().numpy()
+        table["flagged"] = (table["poison_probability"] > threshold) | table["id"].isin(sources)
+    table["trigger"] = pandas.Series(carried.numpy(), dtype="Int32").where(table["flagged"])
+    table["skip_reason"] = None
+    skipped = pandas.DataFrame(
+        {"id": [s.id for s in images.skipped], "skip_reason": [s.reason for s in images.skipped]}
+    )
+    if len(skipped):
+        skipped["scored"] = skipped["flagged"] = False
+        table = pandas.concat([table.astype({"cluster": "Int32"}), skipped], ignore_index=True)
+    return table.astype(
+        {
+            "cluster": "Int32",
+            "scored": bool,
+            "poison_score": float,
+            "box_x": "Int32",
+            "box_y": "Int32",
+            "box_w": "Int32",
+            "box_h": "Int32",
+            "poison_probability": float,
+            "flagged": bool,
+            "trigger": "Int32",
+            "skip_reason": "string",  # not str, which would make a word of None before pandas 3
+        }
+    )
+
+
+def _evidence(bench: PatchBench, search: _Search) -> Evidence:
+    """The highest-scored images with the map that chose their window."""
+    best = search.scores.argsort(descending=True, stable=True)[:PICTURES]
+    pixels = bench.images.pixels[search.candidates.rows[best]]
+
+    def compute() -> dict[str, Tensor]:
+        if len(search.directions):
+            heat = search.attention.heat_along(pixels, search.directions[:1])[:, 0]
+        else:
+            heat = search.attention.heat(pixels)
+        heat = heat - heat.amin(dim=(1, 2), keepdim=True)
+        return {"attention": heat / heat.amax(dim=(1, 2), keepdim=True).clamp_min(1e-12)}
+
+    heat = bench.run.stage("evidence", compute, passes=bench.passes)["attention"]
+    ids = tuple(bench.images.ids[row] for row in search.candidates.rows[best].tolist())
+    return Evidence(ids, pixels, heat)
+
+
+def _summary(
+    bench: PatchBench,
+    search: _Search,
+    verdict: Verdict,
+    reason: str,
+    findings: pandas.DataFrame,
+    triggers: tuple[TriggerFinding, ...],
+    accepted: list[tuple[Finalist, Confirmation]],
+    confirmations: list[Confirmation],
+    started: float,
+) -> dict[str, Any]:
+    """The content of verdict.json."""
+    config, encoder, images = bench.config, bench.encoder, bench.images
+    n_scored = int(findings["scored"].sum())
+    summary: dict[str, Any] = {
+        "schema": 1,
+        "verdict": verdict,
+        "method": config.method,
+        "alpha": config.alpha,
+        "p_value": min((said.p_value for said in confirmations), default=None),
+        "n_images": len(findings),
+        "n_scored": n_scored,
+        "n_unscored": len(images) - n_scored,
+        "n_skipped": len(images.skipped),
+        "n_flagged": int(findings["flagged"].sum()),
+        "triggers": [
+            {
+                "target_cluster": trigger.target_cluster,
+                "target_clusters": list(trigger.target_clusters),
+                "flip_rate": trigger.flip_rate,
+                "control_rate": trigger.control_rate,
+                "tau": said.tau,
+                "p_value": trigger.p_value,
+                "n_sources": trigger.n_sources,
+                "n_confirmation": said.n_images,
+                "n_flagged": int((findings["trigger"] == number).sum()),
+                "image": f"triggers/trigger-{number}.png",
+                "list": f"triggers/trigger-{number}.txt",
+            }
+            for number, (trigger, (_, said)) in enumerate(zip(triggers, accepted, strict=True), start=1)
+        ],
+        "scope": _scope(bench),
+        "coverage": coverage(images),
+        "location": bench.location,
+        "encoder": encoder.name,
+        "encoder_fingerprint": encoder.fingerprint,
+        "images_fingerprint": images.fingerprint,
+        "encoder_passes": bench.run.passes + len(search.flip_test.flip_set.pixels),
+        "passes": _passes(bench, len(search.flip_test.flip_set.pixels)),
+        "seconds": round(time.perf_counter() - started, 3),
+        "expected_seconds": round(
+            _cost(bench).expected * bench.run.seconds["features"] / max(len(images), 1), 3
+        ),
+        "stages": {name: round(seconds, 3) for name, seconds in bench.run.seconds.items()},
+        "precision": str(encoder.precision).removeprefix("torch."),
+        "config": asdict(config),
+        "seed": bench.seed,
+        "versions": library_versions(),
+    }
+    if reason:
+        summary["reason"] = reason
+    if verdict != "poisoned":
+        summary["power"] = _power(bench, config, confirmations)
+    budget = _budget(bench, confirmations)
+    if budget:
+        summary["budget"] = budget
+    return summary
+
+
+def _cost(bench: PatchBench) -> ScanCost:
+    return expected_cost(bench.config, len(bench.images), bench.images.size)
+
+
+def _passes(bench: PatchBench, flip_images: int) -> dict[str, dict[str, int]]:
+    """Expected passes of each stage beside the real ones; every run draws its flip set outside of the stages."""
+    actual = {**bench.run.stage_passes, "flip set": flip_images}
+    return {
+        stage.name: {"expected": stage.expected, "most": stage.most, "actual": actual.get(stage.name, 0)}
+        for stage in _cost(bench).stages
+    }
+
+
+def _power(bench: PatchBench, config: ScanConfig, confirmations: list[Confirmation]) -> dict[str, Any]:
+    """The power statement of a search with these settings."""
+    tau = max((said.tau for said in confirmations), default=SMALLEST_RATE)
+    power = power_statement(config, len(bench.images), bench.images.size, tau=tau)
+    return {
+        "smallest_count": power.smallest_count,
+        "share": power.share,
+        "probability": power.probability,
+        **asdict(power.attack),
+        "tau": tau,
+        "sentence": power.sentence,
+    }
+
+
+def _budget(bench: PatchBench, confirmations: list[Confirmation]) -> dict[str, Any]:
+    """What a budget took from the search, and from its power; empty where there was none."""
+    config, asked = bench.config, bench.asked
+    if config.max_passes is None and config.max_seconds is None:
+        return {}
+    changed = {
+        name: [getattr(asked, name), getattr(config, name)]
+        for name in ("exploit", "n_flips", "samples", "prune")
+        if getattr(asked, name) != getattr(config, name)
+    }
+    counts = [_power(bench, c, confirmations)["smallest_count"] for c in (asked, config)]
+    return {
+        "max_passes": config.max_passes,
+        "max_seconds": config.max_seconds,
+        "changed": changed,
+        "smallest_count_unlimited": counts[0],
+        "smallest_count": counts[1],
+    }
+
+
+def _scope(bench: PatchBench) -> dict[str, list[str]]:
+    config, size = bench.config, bench.encoder.preprocessing.geometry.size
+    tested = [
+        f"opaque patches of up to about {config.window} of {size} pixels per side, anywhere in the image",
+        "patches that steer other images to one place in this encoder's feature space",
+    ]
+    not_tested = [
+        GLOBAL_TRIGGERS,
+        "several copies of a trigger in one image, and triggers much larger than the window",
+        "poison that this encoder has not learned from",
+        "images that no cluster's sample reached: the search scores a part of the images only",
+    ]
+    if bench.images.skipped:
+        not_tested.append(f"{len(bench.images.skipped)} images that could not be read")
+    if bench.encoder.preprocessing.assumed:
+        not_tested.append("whether the encoder's normalisation is right: mean, std or size had to be assumed")
+    return {"tested": tested, "not_tested": not_tested}
