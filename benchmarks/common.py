@@ -175,12 +175,17 @@ def run_case(case: Case, seed: int, options: argparse.Namespace) -> Row:
     return row
 
 
+def kept_encoder(images: ImageSet, config: PretrainConfig, seed: int) -> Path:
+    """Where `trained` keeps an encoder."""
+    key = digest({"images": images.fingerprint, "config": asdict(config), "seed": seed})
+    return KEPT / "encoders" / f"{key}.safetensors"
+
+
 def trained(
     images: ImageSet, config: PretrainConfig, seed: int, options: argparse.Namespace
 ) -> tuple[Encoder, float]:
     """An encoder and the seconds that its training took, from the folder of kept encoders when it is there."""
-    key = digest({"images": images.fingerprint, "config": asdict(config), "seed": seed})
-    path = KEPT / "encoders" / f"{key}.safetensors"
+    path = kept_encoder(images, config, seed)
     note = path.with_suffix(".json")
     if options.retrain or not (path.exists() and note.exists()):
         started = time.perf_counter()

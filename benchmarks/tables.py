@@ -10,9 +10,16 @@ import sys
 
 import clean
 import common
+import cost
 import demo
+import detectors
+import false_alarms
+import growth
+import masks
+import power
 import spectral_dct
 import throughput
+import zoo
 
 README = common.ROOT / "benchmarks" / "README.md"
 TABLES = {
@@ -22,8 +29,15 @@ TABLES = {
     "tiny": common.victim_table,
     "hard": common.victim_table,
     "clean": clean.table,
+    "cost": cost.table,
+    "false_alarms": false_alarms.table,
+    "power": power.table,
+    "growth": growth.table,
+    "masks": masks.table,
+    "detectors": detectors.table,
     "spectral_dct": spectral_dct.table,
     "throughput": throughput.table,
+    "zoo": zoo.table,
 }
 
 

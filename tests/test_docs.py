@@ -24,7 +24,11 @@ from unpoison.scan.config import ScanConfig
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 NAMES = [path.relative_to(ROOT).as_posix() for path in DOCUMENTS]
-OTHER_PROGRAMS = {"--no-deps", "--version"}  # flags of ours that belong to no verb, and of pip
+OTHER_PROGRAMS = {
+    "--no-deps",
+    "--version",
+    "--write-reference",
+}  # of pip, of unpoison itself, of benchmarks/zoo.py
 
 
 def read(name: str) -> str:

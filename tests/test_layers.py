@@ -23,7 +23,7 @@ LAYERS = [
     {"data", "encoders"},
     set(VERBS),
     {"report", "runs"},
-    {"pipeline", "audit_pipeline"},
+    {"pipeline", "patch_pipeline", "detector_pipeline", "audit_pipeline"},
     {"demo", "benchmark"},
     {"cli"},
     {"__init__", "__main__"},
@@ -34,11 +34,11 @@ LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 TRUTH = ("data.labels", "evaluate.truth", "attack.plan")
 KNOWS_TRUTH = ("evaluate", "attack", "demo", "benchmark", "cli")
 # The one verb that may look into another: it measures against the plan, and runs whole benchmarks.
-# And the one that trains, with the only training loop there is.
+# And the one that trains, with the only training loop there is and what its methods share.
 ACROSS = {
     ("evaluate", "attack.plan"),
     ("evaluate", "attack.ssl_backdoor.paste_everywhere"),
-    ("repair", "pretrain.loop"),
+    ("repair", "pretrain"),
 }
 ACROSS_ANYTHING = ("evaluate.benchmark",)
 
@@ -145,7 +145,7 @@ def print_faults(module: str, tree: ast.AST) -> list[str]:
 
 
 def pickle_faults(module: str, tree: ast.AST) -> list[str]:
-    if module == "encoders.checkpoints":
+    if module == "encoders.weights":
         return []
     loads = [
         f"{module}:{node.lineno} calls {name}"
@@ -237,7 +237,7 @@ def test_the_rule_catches(rule, module, code):
         ("cli.attack", "from unpoison.data.labels import read_labels\nprint(1)"),
         ("data.load", "from unpoison.data.export import x\nfrom .decode import y\nfrom ..errors import z"),
         ("runtime", "torch.manual_seed(0)"),
-        ("encoders.checkpoints", "torch.load(path, weights_only=True)"),
+        ("encoders.weights", "torch.load(path, weights_only=True)"),
         ("scan.poisoncam", "torch.cuda.is_available()\nnp.random.default_rng(0)"),
     ],
 )

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from unpoison.pipeline import scan
     from unpoison.pretrain.loop import PretrainConfig, TrainedEncoder, pretrain
     from unpoison.records import Box, Geometry, ImageSet, ScanResult, Skipped, TriggerFinding
+    from unpoison.repair.distillation import DistillConfig, distill
     from unpoison.repair.filtering import Cleaned, clean
     from unpoison.runs import load_result as load
     from unpoison.scan.config import ScanConfig
@@ -53,6 +54,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "DecreeConfig",
+    "DistillConfig",
     "Encoder",
     "Geometry",
     "ImageSet",
@@ -70,6 +72,7 @@ __all__ = [
     "__version__",
     "audit",
     "clean",
+    "distill",
     "load",
     "load_audit",
     "load_encoder",
@@ -100,6 +103,7 @@ _HOMES = {
     "pipeline": ("scan",),
     "pretrain.loop": ("PretrainConfig", "TrainedEncoder", "pretrain"),
     "records": ("Box", "Geometry", "ImageSet", "ScanResult", "Skipped", "TriggerFinding"),
+    "repair.distillation": ("DistillConfig", "distill"),
     "repair.filtering": ("Cleaned", "clean"),
     "runs": ("load_result",),
     "scan.config": ("ScanConfig",),

@@ -36,6 +36,7 @@ _NEEDED = (
     "jinja2",
     "picklescan",
 )
+_OPTIONAL = {"transformers": "hf", "open_clip_torch": "open-clip"}  # to the extra that brings it
 
 app = typer.Typer(add_completion=False)
 
@@ -70,6 +71,7 @@ def doctor(
         "system": f"{platform.system()} {platform.machine()}",
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "packages": packages,
+        "optional": {name: _version(name) for name in _OPTIONAL},
     }
     checks: dict[str, Callable[[], dict[str, Any] | None]] = {
         "device": lambda: _device(device),
@@ -140,6 +142,10 @@ def _text(summary: dict[str, Any]) -> str:
         f"unpoison {summary['unpoison']} on Python {summary['python']}, {summary['system']}, {summary['cores']} cores"
     ]
     lines += ["", *(f"  {name:<14} {version or 'missing'}" for name, version in summary["packages"].items())]
+    lines += [
+        f"  {name:<14} {version or f'not installed, optional: unpoison[{_OPTIONAL[name]}]'}"
+        for name, version in summary["optional"].items()
+    ]
     for name in ("device", "images", "encoder"):
         if isinstance(found := summary.get(name), dict):
             lines += ["", f"{name}:", *(f"  {key:<22} {value}" for key, value in found.items())]

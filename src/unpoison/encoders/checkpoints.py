@@ -1,48 +1,35 @@
-"""Encoders from files and names; weights are read as tensors only, never as code.
+"""Encoders from files, and into them: our own, which are complete, and everybody else's.
 
-Whoever wrote a weights file may be the attacker. Files are read through safetensors or torch's restricted unpickler,
-every weight must have a place in the network and every place a weight, and a file's own description is checked before
-anything is built from it.
+A file's own description is checked before anything is built from it; its weights are read in `encoders.weights`.
+Encoders that have a name instead of a file are in `encoders.hub`.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import difflib
-import hashlib
-import io
 import json
 import logging
 import math
 import os
 import platform
-import socket
-import urllib.parse
-import urllib.request
-import warnings
-import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar
 
-import huggingface_hub.constants
-import picklescan.scanner
 import safetensors
 import safetensors.torch
 import timm
 import torch
-import torchvision.models
 from pydantic import TypeAdapter, ValidationError
-from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
 from unpoison.encoders.backbones import SMALL_IMAGE, Architecture, build_backbone
 from unpoison.encoders.encoder import Encoder, Preprocessing
+from unpoison.encoders.hub import SCHEMES, LoadOptions, encoder_of_name
+from unpoison.encoders.weights import digest_file, digest_of, first_line, fit_weights, printable, read_weights
 from unpoison.errors import CheckpointError, ConfigError
 from unpoison.records import Geometry
-from unpoison.runtime import seeded
 
 __all__ = [
     "ENCODER_SCHEMA",
@@ -61,57 +48,10 @@ ENCODER_SCHEMA = "unpoison/encoder/1"
 
 _LOG = logging.getLogger(__name__)
 
-_PICKLED = (".pth", ".pt", ".tar", ".ckpt", ".bin")
-_SCHEMES = ("timm", "torchvision")
-_PLANNED = ("hf", "open_clip", "local-dir")
-_RANDOM = "random"  # timm:NAME@random has untrained weights, for tests and for controls
+_SCHEMES = ", ".join(f"{scheme}:" for scheme in SCHEMES)
 _RESNETS = ("resnet10", "resnet18", "resnet34", "resnet50")
 _Triple = tuple[float, float, float]
 _T = TypeVar("_T")
-
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "teacher", "student", "network", "net", "encoder")
-"""Keys under which training scripts store the weights among their other state; DINO's teacher is the one to use."""
-
-_LAYOUTS: tuple[tuple[str, str], ...] = (
-    ("", "plain (torchvision, timm)"),
-    ("encoder_q.", "MoCo v2, SSL-Backdoor: query encoder"),
-    ("base_encoder.", "MoCo v3: base encoder"),
-    ("online_encoder.net.", "BYOL: online encoder"),
-    ("online_encoder.", "BYOL: online encoder"),
-    ("online_network.encoder.", "BYOL: online encoder"),
-    ("online_network.", "BYOL: online encoder"),
-    ("teacher.backbone.", "DINO: teacher"),
-    ("teacher.", "DINO: teacher"),
-    ("student.backbone.", "DINO: student"),
-    ("student.", "DINO: student"),
-    ("backbone.", "backbone (SimCLR, DINO and others)"),
-    ("encoder.", "encoder (SimCLR and others)"),
-    ("f.f.", "BadEncoder: f"),
-    ("f.", "SimCLR: f"),
-    ("net.", "SimCLR: net"),
-    ("model.", "model"),
-    ("encoder_k.", "MoCo v2: key encoder"),
-    ("momentum_encoder.", "MoCo v3: momentum encoder"),
-    ("target_encoder.net.", "BYOL: target encoder"),
-    ("target_encoder.", "BYOL: target encoder"),
-)
-"""Where known training scripts keep the backbone. The entry that fits best wins; the first of those that tie."""
-
-_NUMBERED: tuple[dict[str, str], ...] = (
-    {},
-    {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"},
-    {"0": "conv1", "1": "bn1", "3": "layer1", "4": "layer2", "5": "layer3", "6": "layer4"},
-)
-"""A ResNet as nn.Sequential of its children has numbers for names: with its max-pool, and (CIFAR) without."""
-
-_HEADS = frozenset(
-    {
-        *("fc", "head", "heads", "head_dist", "last_layer", "classifier", "linear", "mlp", "g", "h"),
-        *("projector", "projection", "projection_head", "predictor", "prediction_head", "contrastive_head"),
-        *("prototypes", "queue", "queue_ptr"),
-    }
-)
-"""First part of the names of everything that sits on a backbone during training and is no part of it."""
 
 
 class Trained(Protocol):
@@ -161,7 +101,13 @@ class Training:
     weights: str
 
 
-def save_encoder(trained: Trained, path: Path | str, *, retrained: Mapping[str, Any] | None = None) -> None:
+def save_encoder(
+    trained: Trained,
+    path: Path | str,
+    *,
+    retrained: Mapping[str, Any] | None = None,
+    distilled: Mapping[str, Any] | None = None,
+) -> None:
     """Write an encoder as one .safetensors file that says how to build and feed it.
 
     The file is complete or absent, never partial, and the same encoder always gives the same bytes.
@@ -170,6 +116,7 @@ def save_encoder(trained: Trained, path: Path | str, *, retrained: Mapping[str, 
         trained: what pre-training gave.
         path: must end in .safetensors; an existing file is replaced.
         retrained: of an encoder that replaces another one: which, and what it was not shown; plain JSON values.
+        distilled: of a student: its teacher, and what it was shown; likewise.
 
     Raises:
         ConfigError: the name does not end in .safetensors.
@@ -196,8 +143,9 @@ def save_encoder(trained: Trained, path: Path | str, *, retrained: Mapping[str, 
             "timm": timm.__version__,
         },
     }
-    if retrained is not None:
-        metadata["retrained"] = dict(retrained)
+    for key, origin in (("retrained", retrained), ("distilled", distilled)):
+        if origin is not None:
+            metadata[key] = dict(origin)
     save_tensors(path, tensors, metadata, what="encoder")
 
 
@@ -245,7 +193,7 @@ def read_tensors(path: Path, schema: str) -> tuple[dict[str, Tensor], Callable[[
     """
     if not path.is_file() or path.suffix != ".safetensors":
         raise ConfigError(f"{path}: no such file; expected a .safetensors file of schema {schema}")
-    tensors, metadata = _read_weights(path)
+    tensors, metadata = read_weights(path)
     found = _from_json(path, metadata, "schema")
     if found != schema:
         raise CheckpointError(
@@ -254,7 +202,7 @@ def read_tensors(path: Path, schema: str) -> tuple[dict[str, Tensor], Callable[[
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
             raise CheckpointError(
-                f"{path}: {_printable(name)} holds NaN or infinite values; the file is damaged, get another copy"
+                f"{path}: {printable(name)} holds NaN or infinite values; the file is damaged, get another copy"
             )
 
     def entry(key: str, kind: type[_T]) -> _T:
@@ -277,7 +225,7 @@ def save_retouched(original: Path | str, network: nn.Module, path: Path) -> None
     """
     original = Path(original)
     is_file = original.is_file() and original.suffix == ".safetensors"
-    metadata = _read_weights(original)[1] if is_file else {}
+    metadata = read_weights(original)[1] if is_file else {}
     if "unpoison/" not in metadata.get("schema", ""):
         raise ConfigError(
             f"{original}: expected an encoder file that unpoison wrote, which says how to build it again"
@@ -315,7 +263,9 @@ def load_encoder(
             - a .safetensors file that unpoison wrote: complete by itself;
             - any other .safetensors, or a .pth, .pt, .tar, .ckpt or .bin file of tensors: needs `arch`;
             - `timm:NAME[@WEIGHTS]`, `torchvision:NAME[@WEIGHTS]`: WEIGHTS is a local file, the tag of published
-              weights (fetched over the network; without WEIGHTS the default tag), or `random`.
+              weights (fetched over the network; without WEIGHTS the default tag), or `random`;
+            - `hf:REPO[@REVISION]` or `hf:FOLDER`: a vision model, or the image tower, of the transformers library;
+            - `open_clip:MODEL/WEIGHTS` (a tag, a file, or `random`) or `open_clip:FOLDER`: an OpenCLIP image tower.
 
         arch: architecture of a file that does not say it; see `encoders.backbones.Architecture`.
         width: channels of the first stage of such a ResNet.
@@ -335,7 +285,7 @@ def load_encoder(
     for name, value in (("mean", mean), ("std", std)):
         if value is not None and (len(value) != 3 or not all(math.isfinite(v) for v in value)):
             raise ConfigError(f"{name}={value}: expected three numbers for values in [0, 1]")
-    options = _Options(arch, width, image_size, mean, std, device, precision)
+    options = LoadOptions(arch, width, image_size, mean, std, device, precision)
     path = Path(reference)
     if path.is_file():
         return _from_file(path, options)
@@ -344,20 +294,15 @@ def load_encoder(
     scheme, separator, rest = str(reference).partition(":")
     if isinstance(reference, Path) or not separator or "/" in scheme or "\\" in scheme:
         raise ConfigError(
-            f"encoder {str(reference)!r}: no such file; expected a weights file, timm:NAME or torchvision:NAME"
+            f"encoder {str(reference)!r}: no such file; expected a weights file, or a name with {_SCHEMES}"
         )
-    if scheme in _PLANNED:
+    if scheme not in SCHEMES:
         raise ConfigError(
-            f"encoder {reference!r}: {scheme}: is not supported yet; use timm:NAME, torchvision:NAME or a weights file"
-        )
-    if scheme not in _SCHEMES:
-        raise ConfigError(
-            f"encoder {reference!r}: unknown prefix {scheme!r}; expected timm: or torchvision:, or an existing file"
+            f"encoder {reference!r}: unknown prefix {scheme!r}; expected {_SCHEMES}, or an existing file"
         )
     if arch is not None:
         raise ConfigError(f"encoder {reference!r}: the name is the architecture; leave out --arch")
-    model, _, weights = rest.partition("@")
-    return (_from_timm if scheme == "timm" else _from_torchvision)(str(reference), model, weights, options)
+    return encoder_of_name(str(reference), scheme, rest, options)
 
 
 def as_encoder(
@@ -400,7 +345,7 @@ def as_encoder(
             name=type(encoder).__name__,
             device=device,
             precision=precision,
-            fingerprint=_digest_of(encoder),
+            fingerprint=digest_of(encoder),
         )
     if preprocessing is not None:
         raise ConfigError(
@@ -420,36 +365,11 @@ def as_encoder(
     )
 
 
-@dataclass(frozen=True)
-class _Options:
-    """What the caller of `load_encoder` chose; None where the file or the name decides."""
-
-    arch: str | None
-    width: int
-    image_size: int | None
-    mean: _Triple | None
-    std: _Triple | None
-    device: str
-    precision: str
-
-    def encoder(
-        self, network: nn.Module, preprocessing: Preprocessing, name: str, fingerprint: str
-    ) -> Encoder:
-        return Encoder(
-            network,
-            preprocessing,
-            name=name,
-            device=self.device,
-            precision=self.precision,
-            fingerprint=fingerprint,
-        )
-
-
 # --- Files -----------------------------------------------------------------------------------------------------------
 
 
-def _from_file(path: Path, options: _Options) -> Encoder:
-    tensors, metadata = _read_weights(path)
+def _from_file(path: Path, options: LoadOptions) -> Encoder:
+    tensors, metadata = read_weights(path)
     if "schema" in metadata and "unpoison/" in metadata["schema"]:
         return _from_own_file(path, tensors, metadata, options)
     if options.arch is None:
@@ -465,7 +385,7 @@ def _from_file(path: Path, options: _Options) -> Encoder:
         # Strides cannot be read off weights; a 3×3 stem in a published file is the CIFAR stem, which keeps the size.
         stem_stride={3: 1, 4: 4}.get(kernel or 0),
     )
-    network, layout = _fit_weights(lambda: build_backbone(architecture), tensors, options.arch, path)
+    network, layout = fit_weights(lambda: build_backbone(architecture), tensors, options.arch, path)
     guessed = [name for name in ("image_size", "mean", "std") if getattr(options, name) is None]
     # From ImageNet's sizes on, the papers resize to 8/7 of the side and crop its centre.
     resize = math.floor(size / 0.875) if size >= SMALL_IMAGE else size
@@ -485,12 +405,12 @@ def _from_file(path: Path, options: _Options) -> Encoder:
             preprocessing.std,
         )
     return options.encoder(
-        network, preprocessing, f"{path.name} ({options.arch}, {layout})", _digest_file(path)
+        network, preprocessing, f"{path.name} ({options.arch}, {layout})", digest_file(path)
     )
 
 
 def _from_own_file(
-    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], options: _Options
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], options: LoadOptions
 ) -> Encoder:
     schema = _from_json(path, metadata, "schema")
     if schema != ENCODER_SCHEMA:
@@ -523,14 +443,14 @@ def _from_own_file(
         given = getattr(options, name)
         if given is not None and given != value:
             raise ConfigError(f"{path}: {name}={given!r}, but the file says {value!r}; leave the option out")
-    network, _ = _fit_weights(lambda: build_backbone(architecture), tensors, architecture.name, path)
+    network, _ = fit_weights(lambda: build_backbone(architecture), tensors, architecture.name, path)
     return options.encoder(
-        network, preprocessing, f"{path.name} ({method} {architecture.name})", _digest_file(path)
+        network, preprocessing, f"{path.name} ({method} {architecture.name})", digest_file(path)
     )
 
 
 def read_training(path: Path | str, kind: type[Any]) -> Training | None:
-    """What a file of ours says about its training; None for any other file. No weight is looked at.
+    """What a file of ours says about its training; None for a distilled one and for any other. No weight is read.
 
     Args:
         path: an encoder file.
@@ -549,8 +469,8 @@ def read_training(path: Path | str, kind: type[Any]) -> Training | None:
         with safetensors.safe_open(path, "pt") as file:
             metadata: dict[str, str] = file.metadata() or {}
     except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{path}: not a readable .safetensors file ({_line(error)})") from error
-    if "unpoison/" not in metadata.get("schema", ""):
+        raise CheckpointError(f"{path}: not a readable .safetensors file ({first_line(error)})") from error
+    if "unpoison/" not in metadata.get("schema", "") or "distilled" in metadata:
         return None
     stored = _from_json(path, metadata, "config")
     unknown = sorted(set(stored) - set(kind.__dataclass_fields__)) if isinstance(stored, dict) else []
@@ -564,7 +484,7 @@ def read_training(path: Path | str, kind: type[Any]) -> Training | None:
         image_size=_validated(path, metadata, "preprocessing", Preprocessing).geometry.size,
         seed=_validated(path, metadata, "seed", int),
         fingerprint=_validated(path, metadata, "fingerprint", str),
-        weights=_digest_file(path),
+        weights=digest_file(path),
     )
 
 
@@ -588,183 +508,6 @@ def _validated(path: Path, metadata: dict[str, str], key: str, kind: type[_T]) -
         ) from error
 
 
-def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Every named tensor of a file, on the CPU, and the metadata of a safetensors file."""
-    suffix = path.suffix.lower()
-    if suffix == ".safetensors":
-        try:
-            with safetensors.safe_open(path, framework="pt", device="cpu") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-                return tensors, dict(file.metadata() or {})
-        except (safetensors.SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: not a readable safetensors file ({_line(error)})") from error
-    if suffix not in _PICKLED:
-        raise ConfigError(f"{path}: expected a weights file ending in .safetensors or {', '.join(_PICKLED)}")
-    return _named_tensors(path, unpickle_restricted(path)), {}
-
-
-def unpickle_restricted(path: Path) -> Any:
-    """torch.load that knows tensors and plain containers only; argparse's bag of options is harmless and frequent.
-
-    Raises:
-        CheckpointError: the file asks for anything else, or is damaged.
-    """
-    try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
-            warnings.simplefilter(
-                "ignore"
-            )  # torch comments on old formats, which is nothing a user can act on
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # the file's author decides what goes wrong in there, so nothing may escape
-        raise CheckpointError(f"{path}: {_why_refused(path, error)}") from error
-
-
-def _why_refused(path: Path, error: Exception) -> str:
-    """What the file would have imported, found by reading its pickle without running it."""
-    try:
-        # Its own log lines would repeat what our one line says.
-        with _silenced(logging.getLogger("picklescan")):
-            content = io.BytesIO(path.read_bytes())
-            try:
-                found = picklescan.scanner.scan_bytes(content, str(path), path.suffix.lower()).globals
-            except Exception:
-                content.seek(0)
-                found = picklescan.scanner.scan_pickle_bytes(content, str(path)).globals
-    except Exception:
-        found = []
-    level = picklescan.scanner.SafetyLevel
-    for kinds, meaning in (
-        ((level.Dangerous,), "refused, it would run code when loaded"),
-        ((level.Suspicious,), "refused, it needs more than tensors"),
-    ):
-        names = sorted({f"{item.module}.{item.name}" for item in found if item.safety in kinds})
-        if names:
-            shown = ", ".join(_printable(name) for name in names[:3]) + (", …" if len(names) > 3 else "")
-            return f"{meaning} (imports {shown}); ask for its weights as .safetensors"
-    return f"not a readable weights file ({_line(error)})"
-
-
-@contextlib.contextmanager
-def _silenced(logger: logging.Logger) -> Iterator[None]:
-    before = logger.disabled
-    logger.disabled = True
-    try:
-        yield
-    finally:
-        logger.disabled = before
-
-
-def _named_tensors(path: Path, content: Any) -> dict[str, Tensor]:
-    """The state dictionary among whatever else a training script stored."""
-    for _ in range(4):
-        if not isinstance(content, Mapping):
-            break
-        inner = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
-        if inner is None:
-            break
-        content = inner
-    tensors = (
-        {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
-        if isinstance(content, Mapping)
-        else {}
-    )
-    if not tensors:
-        raise CheckpointError(
-            f"{path}: holds no named tensors; expected a state dictionary, alone or under {', '.join(_WRAPPERS[:3])}"
-        )
-    return tensors
-
-
-# --- Weights to places -----------------------------------------------------------------------------------------------
-
-
-def _fit_weights(
-    build: Callable[[], nn.Module], tensors: dict[str, Tensor], arch: str, path: Path
-) -> tuple[nn.Module, str]:
-    """Build the network and fill it, after checking that weights and places agree; also the layout's name."""
-    with _on_meta():
-        expected = (
-            build().state_dict()
-        )  # shapes only: a file that lies about its architecture costs no memory
-    weights, layout = _match_layout(tensors, expected)
-    needed = [name for name in expected if not name.endswith("num_batches_tracked")]
-    missing = [name for name in needed if name not in weights]
-    if missing:
-        raise CheckpointError(
-            f"{path}: {len(missing)} of the {len(needed)} weights of {arch} are missing ({_few(missing)}); found "
-            f"{len(needed) - len(missing)} among {len(tensors)} tensors ({_few(list(tensors))}): is --arch right?"
-        )
-    extra = [name for name in weights if name not in expected]
-    heads = [name for name in extra if name.split(".")[0] in _HEADS]
-    unplaced = [name for name in extra if name not in heads and not name.endswith("num_batches_tracked")]
-    if unplaced:
-        raise CheckpointError(
-            f"{path}: {len(unplaced)} weights have no place in {arch} ({_few(unplaced)}): is --arch right?"
-        )
-    for name in needed:
-        _check_tensor(path, name, weights[name], expected[name], arch)
-    if heads:
-        _LOG.info("%s: read as %s; left out the head: %s", path, layout, _few(heads))
-    with seeded(0, "checkpoint"):
-        network = build()
-    fitting = {name: weights[name] for name in expected if name in weights}
-    network.load_state_dict(fitting, strict=False)  # what may be absent was decided above
-    return network, layout
-
-
-def _check_tensor(path: Path, name: str, got: Tensor, expected: Tensor, arch: str) -> None:
-    if got.shape != expected.shape:
-        raise CheckpointError(f"{path}: {_explain_shapes(name, got, expected, arch)}")
-    dense = got.layout == torch.strided and got.device.type == "cpu"
-    if not dense or got.is_floating_point() != expected.is_floating_point():
-        kind = "floating point" if expected.is_floating_point() else "whole"
-        raise CheckpointError(
-            f"{path}: {name} is {got.dtype} {got.layout} on {got.device}, expected dense {kind} numbers; "
-            "save the plain weights"
-        )
-    if got.is_floating_point() and not torch.isfinite(got.float()).all():
-        raise CheckpointError(
-            f"{path}: {name} holds NaN or infinite values; the file is damaged, get another copy"
-        )
-
-
-@contextlib.contextmanager
-def _on_meta() -> Iterator[None]:
-    with seeded(0, "checkpoint"), torch.device("meta"):
-        yield
-
-
-def _match_layout(
-    tensors: dict[str, Tensor], expected: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], str]:
-    """The weights under the layout that fits the expected names best, with that layout's names."""
-    unwrapped = {_without_wrappers(name): tensor for name, tensor in tensors.items()}
-    best: tuple[int, dict[str, Tensor], str] = (-1, {}, "")
-    for prefix, layout in _LAYOUTS:
-        inside = {k.removeprefix(prefix): v for k, v in unwrapped.items() if k.startswith(prefix)}
-        for numbers in _NUMBERED:
-            renamed = {_renumbered(name, numbers): tensor for name, tensor in inside.items()}
-            fits = sum(name in expected for name in renamed)
-            if fits > best[0]:
-                best = (fits, renamed, layout)
-    return best[1], best[2]
-
-
-def _without_wrappers(name: str) -> str:
-    """A weight's name without what DataParallel and torch.compile put in front, at any of the first levels.
-
-    >>> _without_wrappers("module.encoder_q.conv1.weight"), _without_wrappers("student.module.backbone.norm.bias")
-    ('encoder_q.conv1.weight', 'student.backbone.norm.bias')
-    """
-    parts = name.split(".")
-    return ".".join([p for p in parts[:3] if p not in ("module", "_orig_mod")] + parts[3:])
-
-
-def _renumbered(name: str, numbers: dict[str, str]) -> str:
-    first, dot, rest = name.partition(".")
-    return numbers.get(first, first) + dot + rest
-
-
 def _stem_kernel(tensors: dict[str, Tensor]) -> int | None:
     """Kernel of the convolution that reads RGB, which tells the stems apart."""
     for name, tensor in tensors.items():
@@ -782,230 +525,3 @@ def _usual_size(arch: str, kernel: int | None) -> int:
         return 224  # build_backbone says what is wrong with the name
     usual = timm.get_pretrained_cfg(arch)
     return 224 if usual is None else int(usual.input_size[-1])
-
-
-def _explain_shapes(name: str, got: Tensor, expected: Tensor, arch: str) -> str:
-    shapes = f"{name} is {tuple(got.shape)}, but {arch} takes {tuple(expected.shape)}"
-    if got.ndim == expected.ndim == 4 and got.shape[1] == expected.shape[1] == 3:  # the layer that reads RGB
-        ours, theirs = expected.shape[-1], got.shape[-1]
-        if ours != theirs:
-            side = f"at least {SMALL_IMAGE}" if theirs == 7 else f"below {SMALL_IMAGE}"
-            return (
-                f"{shapes}: the file has a {theirs}×{theirs} stem and the network a {ours}×{ours} one; "
-                f"give an --image-size of {side}, or another --arch"
-            )
-        return f"{shapes}: give --width {got.shape[0]}"
-    if name == "pos_embed":
-        return f"{shapes}: the file was trained on another number of patches; give its --image-size"
-    return f"{shapes}: is --arch or --width right?"
-
-
-# --- Names -----------------------------------------------------------------------------------------------------------
-
-
-def _from_timm(reference: str, model: str, weights: str, options: _Options) -> Encoder:
-    base, _, tag = model.partition(".")
-    if not timm.is_model(base) or ":" in model or "/" in model:
-        near = difflib.get_close_matches(base, timm.list_models(), n=3)
-        raise ConfigError(
-            f"encoder {reference!r}: timm knows no model {base!r}"
-            + (f"; did you mean {', '.join(near)}?" if near else "; see timm.list_models()")
-        )
-    file = _weights_file(reference, weights)
-    if file is None and weights != _RANDOM:
-        tag = weights or tag
-        tags = [name.partition(".")[2] for name in timm.list_models(f"{base}.*", pretrained=True)]
-        tags += ["" for name in timm.list_models(base, pretrained=True)]
-        if not tags:
-            raise ConfigError(
-                f"encoder {reference!r}: timm publishes no weights of {base}; give timm:{base}@FILE"
-            )
-        if tag and tag not in tags:
-            raise ConfigError(
-                f"encoder {reference!r}: {tag!r} is neither a file nor a tag of {base}; tags: {', '.join(tags[:8])}"
-            )
-    name = f"{base}.{tag}" if tag else base
-
-    def build(pretrained: bool = False) -> nn.Module:
-        create = cast(Callable[..., nn.Module], timm.create_model)
-        arguments: dict[str, Any] = {"num_classes": 0, "pretrained": pretrained}
-        if options.image_size is None:
-            return create(name, **arguments)
-        try:
-            return create(name, img_size=options.image_size, **arguments)
-        except TypeError:  # convolutional networks take no image size
-            return create(name, **arguments)
-
-    network, label, fingerprint = _named_network(reference, name, weights, file, build)
-    data: dict[str, Any] = cast(Callable[..., dict[str, Any]], resolve_model_data_config)(network)
-    if data["input_size"][1] != data["input_size"][2] and options.image_size is None:
-        raise ConfigError(
-            f"encoder {reference!r}: made for {data['input_size'][1:]} images; give a square --image-size"
-        )
-    size = options.image_size or int(data["input_size"][-1])
-    known = data["interpolation"] in ("bilinear", "bicubic") and data["crop_mode"] == "center"
-    preprocessing = Preprocessing(
-        geometry=Geometry(
-            size,
-            math.floor(size / data["crop_pct"]),
-            data["interpolation"] if data["interpolation"] == "bilinear" else "bicubic",
-        ),
-        mean=options.mean or _triple(data["mean"]),
-        std=options.std or _triple(data["std"]),
-        assumed=not known or _is_guess(file, options),
-    )
-    return options.encoder(network, preprocessing, label, fingerprint)
-
-
-def _from_torchvision(reference: str, model: str, weights: str, options: _Options) -> Encoder:
-    known = torchvision.models.list_models(module=torchvision.models)
-    if model not in known:
-        near = difflib.get_close_matches(model, known, n=3)
-        raise ConfigError(
-            f"encoder {reference!r}: torchvision knows no image classifier {model!r}"
-            + (f"; did you mean {', '.join(near)}?" if near else "")
-        )
-    published = torchvision.models.get_model_weights(model)
-    file = _weights_file(reference, weights)
-    tag = "DEFAULT" if file is not None or weights in ("", _RANDOM) else weights
-    if tag not in published.__members__:
-        raise ConfigError(
-            f"encoder {reference!r}: {tag!r} is neither a file nor weights of {model}; "
-            f"expected {', '.join(published.__members__)}"
-        )
-    source = published[tag]
-
-    def build(pretrained: bool = False) -> nn.Module:
-        arguments: dict[str, Any] = {"weights": None}
-        if options.image_size is not None and model.startswith("vit_"):
-            arguments["image_size"] = options.image_size
-        network = torchvision.models.get_model_builder(model)(**arguments)
-        if pretrained:
-            network.load_state_dict(source.get_state_dict(progress=False, check_hash=True, weights_only=True))
-        return _without_head(network, reference)
-
-    network, label, fingerprint = _named_network(reference, model, weights, file, build)
-    view = source.transforms()
-    size = options.image_size or int(view.crop_size[0])
-    preprocessing = Preprocessing(
-        geometry=Geometry(
-            size,
-            max(size, math.floor(size * view.resize_size[0] / view.crop_size[0])),
-            "bilinear" if view.interpolation.value == "bilinear" else "bicubic",
-        ),
-        mean=options.mean or _triple(view.mean),
-        std=options.std or _triple(view.std),
-        assumed=_is_guess(file, options),
-    )
-    return options.encoder(network, preprocessing, label, fingerprint)
-
-
-def _named_network(
-    reference: str, name: str, weights: str, file: Path | None, build: Callable[[bool], nn.Module]
-) -> tuple[nn.Module, str, str]:
-    """The network of a name with local, random or published weights; also its label and fingerprint."""
-    if file is not None:
-        tensors, _ = _read_weights(file)
-        network, layout = _fit_weights(lambda: build(False), tensors, name, file)
-        return network, f"{file.name} ({name}, {layout})", _digest_file(file)
-    scheme = reference.partition(":")[0]
-    with seeded(0, "checkpoint"):
-        if weights == _RANDOM:
-            network = build(False)
-            return network, f"{scheme}:{name}@random", _digest_of(network)
-        try:
-            with _no_vain_retries():
-                network = build(True)
-        except ConfigError:
-            raise
-        except Exception as error:  # every hub client has its own errors for "no network"
-            bare = name.partition(".")[0]
-            raise CheckpointError(
-                f"{reference}: its published weights cannot be fetched ({_line(error)}); "
-                f"without a network pass a local file: {scheme}:{bare}@FILE"
-            ) from error
-    return network, f"{scheme}:{name}", _digest_of(network)
-
-
-@contextlib.contextmanager
-def _no_vain_retries() -> Iterator[None]:
-    """Where the hub's name does not even resolve, look in its cache only; its client would retry for a minute."""
-    constants = huggingface_hub.constants
-    before = constants.HF_HUB_OFFLINE
-    try:
-        if not urllib.request.getproxies():  # behind a proxy, names are resolved elsewhere
-            socket.getaddrinfo(urllib.parse.urlparse(constants.ENDPOINT).hostname, 443)
-    except OSError:
-        constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
-
-
-def _weights_file(reference: str, weights: str) -> Path | None:
-    if weights in ("", _RANDOM):
-        return None
-    path = Path(weights)
-    if path.is_file():
-        return path
-    if "/" in weights or "\\" in weights or path.suffix.lower() in (".safetensors", *_PICKLED):
-        raise ConfigError(f"encoder {reference!r}: no such weights file: {weights}")
-    return None
-
-
-def _is_guess(file: Path | None, options: _Options) -> bool:
-    """A local file need not follow the preprocessing that its architecture's published weights have."""
-    return file is not None and None in (options.mean, options.std)
-
-
-def _without_head(network: nn.Module, reference: str) -> nn.Module:
-    """Replace the last linear layer, torchvision's classifier, by nothing; what precedes it pools or normalises."""
-    for attribute in ("fc", "classifier", "heads", "head"):
-        head = getattr(network, attribute, None)
-        if isinstance(head, nn.Linear):
-            setattr(network, attribute, nn.Identity())
-            return network
-        if isinstance(head, nn.Sequential) and isinstance(head[-1], nn.Linear):
-            head[-1] = nn.Identity()
-            return network
-    raise ConfigError(
-        f"encoder {reference!r}: its classifier is no linear layer that could be left out; use another model"
-    )
-
-
-def _triple(values: Any) -> _Triple:
-    red, green, blue = (float(v) for v in values)
-    return red, green, blue
-
-
-# --- Small things ----------------------------------------------------------------------------------------------------
-
-
-def _digest_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _digest_of(network: nn.Module) -> str:
-    """SHA-256 of every weight's name, type, shape and bytes, for weights that no file holds."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(_printable(name) for name in names[:3]) + (", …" if len(names) > 3 else "")
-
-
-def _printable(name: str) -> str:
-    """A name that a stranger chose, short and without control characters."""
-    return "".join(c if c.isprintable() else "?" for c in name[:80])
-
-
-def _line(error: BaseException) -> str:
-    """First line of a library's message, cut to a readable length."""
-    lines = str(error).strip().splitlines()
-    return _printable(lines[0][:160]) if lines else type(error).__name__

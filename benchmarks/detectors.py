@@ -1,0 +1,376 @@
+"""Which detector tells triggered images from clean ones, one by one? Four attacks, two kinds of auxiliary images.
+
+Victims are those of cifar5.py: five classes of 1000 images of CIFAR-10, MoCo v2, 16 epochs.
+patch        SSL-Backdoor: all images of the target class carry the patch
+ctrl         CTRL: waves on 5 % of the data set, all of the target class
+blended      a picture of noise mixed in at 20 %, on as many images
+bad-encoder  BadEncoder, implanted in the clean-trained encoder
+
+Auxiliary images fit each method, others of the same kind calibrate it: `in`, CIFAR-10 images that the victim never saw,
+1 % of the first with the trigger; `out`, Tiny-ImageNet at 32 pixels. Judged are 1000 clean and 1000 triggered test
+images. The second encoder of cross-encoder is the clean-trained one of the next seed. PoisonCAM scores single images
+by the share of auxiliary images that their window moves, with nothing else of the search; 400 of each kind only, since
+it costs more.
+
+The cases `ctrl strength` ask whether CTRL attacks at all: attack success by share of poisoned images and by magnitude.
+
+    python benchmarks/detectors.py --seeds 0 1 2 --threads 1 [--cases "patch, in" "ctrl strength"]
+
+One row takes about 8 minutes of one CPU core, half of it DeDe's training; a victim that is not kept yet 2 more.
+"""
+
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass, field, replace
+
+import cifar5
+import common
+import torch
+
+from unpoison.attack.bad_encoder import BadEncoderConfig
+from unpoison.attack.blended import BlendedConfig
+from unpoison.attack.ctrl import CtrlConfig
+from unpoison.attack.implanting import implant
+from unpoison.attack.ssl_backdoor import paste_everywhere, poison
+from unpoison.encoders.extract import extract_features
+from unpoison.functional.clustering import assign, kmeans
+from unpoison.records import Clusters, Features, ImageSet
+from unpoison.runtime import silent, stage_generator
+from unpoison.scan.config import ScanConfig
+from unpoison.scan.detector import METHODS, calibrate, fit_detector, make_config
+from unpoison.scan.flip_test import FlipTest, nearest_rows
+from unpoison.scan.poisoncam import MaskAttention
+from unpoison.scan.search import Searcher
+from unpoison.scan.spectral_dct import find_waves
+
+RATES = (0.01, 0.05)
+ATTACKS = ("patch", "ctrl", "blended", "bad-encoder")
+STRENGTHS = {"1 %": (0.01, 100.0), "5 %": (0.05, 100.0), "5 %, magnitude 200": (0.05, 200.0)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """How much of everything; smaller in a smoke run."""
+
+    data: common.Data = cifar5.DATA
+    outside: common.Data = field(
+        default_factory=lambda: common.Data(
+            folder="tinyimagenet100", size=32, classes=100, train=30, test=1, held_out="val"
+        )
+    )
+    victim: common.PretrainConfig = cifar5.VICTIM
+    auxiliary: int = 2000
+    calibration: int = 1000
+    judged: int = 1000
+    poisoncam: int = 400
+    implant_epochs: int = 12
+    dede_epochs: int = 40
+    methods: tuple[str, ...] = (*sorted(METHODS), "poisoncam")
+
+
+SETTING = Setting()
+
+
+def attack_of(name, setting, seed):
+    target = seed % setting.data.classes
+    if name == "patch":
+        return common.attack_of(replace(cifar5.CASES[0], data=setting.data), seed)
+    if name == "ctrl":
+        return CtrlConfig(target=target, rate=0.05)
+    if name == "blended":
+        return BlendedConfig(target=target, trigger=f"seed:{100 + seed}", rate=0.05)
+    return BadEncoderConfig(
+        targets=(target,), epochs=setting.implant_epochs, batch_size=128, learning_rate=0.04
+    )
+
+
+_LAST = {}
+
+
+def victim(name, setting, seed, options):
+    """As `make_victim`; the last one made is remembered for the next row."""
+    if (name, seed) not in _LAST:
+        _LAST.clear()
+        _LAST[name, seed] = make_victim(name, setting, seed, options)
+    return _LAST[name, seed]
+
+
+def make_victim(name, setting, seed, options):
+    """The encoder under attack, its trigger, and what the data set says of itself."""
+    train, test = (common.load_split(setting.data, split) for split in ("train", "test"))
+    attack = attack_of(name, setting, seed)
+    control, _ = common.trained(train.images, setting.victim, seed, options)
+    row = {}
+    if name == "bad-encoder":
+        done = implant(control, train.images, train.labels, train.class_names, attack, seed=seed)
+        encoder, trigger = done.encoder, done.plan.triggers[0]
+    else:
+        images, plan = poison(train.images, train.labels, train.class_names, attack, seed)
+        encoder, _ = common.trained(images, setting.victim, seed, options)
+        trigger = plan.triggers[0]
+        row["waves"] = waves_in(images, plan)
+    row["control"] = {"seconds": 0, **common.probes(control, train, test, trigger, seed)}
+    row["victim"] = {"seconds": 0, **common.probes(encoder, train, test, trigger, seed)}
+    common.say(f"victim: {common.brief(row['victim'])}")
+    return encoder, trigger, row
+
+
+def waves_in(images, plan):
+    """What the screen of the whole data set says, at the alpha that it has in a scan."""
+    found = find_waves(images.pixels, 0.001)
+    poisoned = {entry.id for entry in plan.poisoned}
+    hits = sum(flag and id_ in poisoned for flag, id_ in zip(found.flagged.tolist(), images.ids, strict=True))
+    n_flagged = int(found.flagged.sum())
+    return {
+        "p_value": found.p_value,
+        "recall": hits / len(poisoned),
+        "precision": hits / n_flagged if n_flagged else None,
+    }
+
+
+def run_row(name, kind, setting, seed, options):
+    encoder, trigger, row = victim(name, setting, seed, options)
+    train, test = (common.load_split(setting.data, split) for split in ("train", "test"))
+    other, _ = common.trained(train.images, setting.victim, seed + 1, options)
+    fitting, calibration = auxiliary(kind, setting, train, trigger, seed)
+    order = torch.randperm(len(test.images), generator=torch.Generator().manual_seed(seed)).tolist()
+    clean = test.images.select(order[: setting.judged])
+    foreign = [r for r in order if int(test.labels[r]) != trigger.target][: setting.judged]
+    triggered = paste_everywhere(test.images.select(foreign), trigger, seed=seed)
+    few = paste_everywhere(
+        test.images.select(foreign[: setting.calibration // 100]), trigger, seed=seed + 1
+    ).pixels
+    row = {**row, "methods": {}}
+    for method in setting.methods:
+        started = time.perf_counter()
+        if method == "poisoncam":
+            score = poisoncam(encoder, fitting, setting, seed)
+            most = setting.poisoncam
+        else:
+            config = make_config(method, seed=seed)
+            if method == "dede":
+                config = replace(config, epochs=setting.dede_epochs)
+            detector = fit_detector(
+                method,
+                fitting,
+                None if method == "spectral-dct" else encoder,
+                other=other if method == "cross-encoder" else None,
+                config=config,
+                calibration=calibration[:99],
+            )
+            score, most = detector.score, None
+        fitted = time.perf_counter() - started
+        measured = measure(score, calibration[:most], clean.pixels[:most], triggered.pixels[:most], few)
+        row["methods"][method] = {"fit_seconds": round(fitted, 1), **measured}
+        common.say(f"{method}: AUROC {measured['auroc']:.3f}, {measured['images_per_second']:.0f} images/s")
+    return row
+
+
+def auxiliary(kind, setting, train, trigger, seed):
+    """Images to fit on and images to calibrate on, both (n, 3, S, S) uint8."""
+    if kind == "in":
+        per_class = setting.data.train + -(-(setting.auxiliary + setting.calibration) // setting.data.classes)
+        images = common.load_split(replace(setting.data, train=per_class), "train").images
+        known = set(train.images.ids)
+        images = images.select([row for row, id_ in enumerate(images.ids) if id_ not in known])
+    else:
+        images = common.load_split(setting.outside, "train").images
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).tolist()
+    fitting = images.select(order[: setting.auxiliary])
+    pixels = fitting.pixels.clone()
+    if kind == "in":
+        n_poisoned = setting.auxiliary // 100
+        carriers = fitting.select(range(n_poisoned))
+        pixels[:n_poisoned] = paste_everywhere(carriers, trigger, seed=seed).pixels
+    rest = order[setting.auxiliary : setting.auxiliary + setting.calibration]
+    return pixels, images.select(rest).pixels
+
+
+def poisoncam(encoder, fitting, setting, seed):
+    """A score for single images: pasted on auxiliary images, how many does the hottest window move?"""
+    config = ScanConfig(method="poisoncam", score="any").resolve(len(fitting), setting.data.size)
+    known = ImageSet(tuple(map(str, range(len(fitting)))), fitting)
+    features = extract_features(encoder, known)
+    found = kmeans(features.values, config.clusters, generator=stage_generator(seed, "kmeans"))
+    clusters = Clusters(found.centroids, found.assignment)
+    everywhere = torch.ones(len(known), dtype=torch.bool)
+    rows = nearest_rows(
+        features.values, clusters, everywhere, config.n_flips, generator=stage_generator(seed, "flips")
+    )
+    flip_test = FlipTest.draw(
+        encoder,
+        known,
+        clusters,
+        rows,
+        config.window,
+        generator=stage_generator(seed, "corners"),
+        with_control=False,
+        batch_size=512,
+    )
+    attention = MaskAttention(
+        encoder, clusters, config, generator=stage_generator(seed, "masks"), batch_size=512
+    )
+
+    def score(pixels):
+        images = ImageSet(tuple(map(str, range(len(pixels)))), pixels)
+        values: Features = extract_features(encoder, images)
+        own = Clusters(clusters.centroids, assign(values.values, clusters.centroids))
+        searcher = Searcher(
+            images,
+            own,
+            attention,
+            flip_test,
+            config,
+            torch.ones(len(images), dtype=torch.bool),
+            lambda step: stage_generator(seed, step),
+            silent,
+        )
+        candidates = searcher.score(list(range(len(images))), "score")
+        return candidates.flips.score("any", candidates.own)
+
+    return score
+
+
+def measure(score, calibration, clean, triggered, few):
+    started = time.perf_counter()
+    usual, innocent, guilty, hot = (score(images) for images in (calibration, clean, triggered, few))
+    rate = (len(calibration) + len(clean) + len(triggered) + len(few)) / (time.perf_counter() - started)
+    single = []
+    for row in range(min(20, len(clean))):
+        started = time.perf_counter()
+        score(clean[row : row + 1])
+        single.append(time.perf_counter() - started)
+    # One in a hundred calibration images carries the trigger.
+    hot = hot[: len(usual) // 100]
+    dirty = torch.cat((hot, usual[len(hot) :]))
+    row = {"auroc": auroc(guilty, innocent)}
+    for wanted in RATES:
+        ideal = innocent.sort(descending=True).values[int(wanted * len(innocent))]
+        at = {"best": share_above(guilty, ideal)}
+        for name, scores in (("clean", usual), ("dirty", dirty)):
+            threshold = calibrate(scores, wanted).threshold
+            at[name] = {"found": share_above(guilty, threshold), "wrong": share_above(innocent, threshold)}
+        row[f"at {wanted:.0%}"] = at
+    return {**row, "images_per_second": rate, "latency_ms": 1000 * statistics.median(single)}
+
+
+def share_above(scores, threshold):
+    return float((scores > threshold).float().mean())
+
+
+def auroc(higher, lower):
+    """Probability that one of `higher` lies above one of `lower`; ties count half."""
+    difference = higher[:, None] - lower[None]
+    return float(((difference > 0).float() + 0.5 * (difference == 0).float()).mean())
+
+
+def run_strength(setting, seed, options):
+    """Attack success of CTRL by how much is planted, beside the clean-trained control."""
+    train, test = (common.load_split(setting.data, split) for split in ("train", "test"))
+    control, _ = common.trained(train.images, setting.victim, seed, options)
+    row = {"strengths": {}}
+    for name, (rate, magnitude) in STRENGTHS.items():
+        attack = CtrlConfig(target=seed % setting.data.classes, rate=rate, magnitude=magnitude)
+        images, plan = poison(train.images, train.labels, train.class_names, attack, seed)
+        encoder, _ = common.trained(images, setting.victim, seed, options)
+        trigger = plan.triggers[0]
+        row["strengths"][name] = {
+            "victim": common.probes(encoder, train, test, trigger, seed),
+            "control": common.probes(control, train, test, trigger, seed),
+            "waves": waves_in(images, plan),
+        }
+        said = row["strengths"][name]["victim"]["linear"]
+        common.say(
+            f"ctrl {name}: ASR {said['attack_success']:.1f}, untriggered {said['untriggered_rate']:.1f}"
+        )
+    return row
+
+
+# ── tables ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def table(results):
+    return "\n\n".join(part for part in (detector_table(results), strength_table(results)) if part)
+
+
+def detector_table(results):
+    header = ["attack, auxiliary", "seeds", "ASR % (control)", "method", "AUROC", "found % at 1 / 5 % wrong"]
+    header += ["threshold for 1 %: found / wrong %", "1 % of the calibration poisoned: found / wrong %"]
+    header += ["images/s", "one image, ms", "published AUROC"]
+    lines = []
+    for case in dict.fromkeys(row["case"] for row in results["rows"] if "methods" in row):
+        rows = [row for row in results["rows"] if row["case"] == case]
+        for number, method in enumerate(rows[0]["methods"]):
+
+            def of(path, rows=rows, method=method, **how):
+                return common.spread(
+                    (common.pick(row["methods"].get(method, {}), path) for row in rows), **how
+                )
+
+            def attack(who, rows=rows):
+                return common.spread(common.pick(row, f"{who}.linear.attack_success") for row in rows)
+
+            first = [case, str(len(rows)), f"{attack('victim')} ({attack('control')})"]
+            lines.append(
+                [
+                    *(first if number == 0 else [""] * 3),
+                    method,
+                    of("auroc", digits=3),
+                    f"{of('at 1%.best', percent=True)} / {of('at 5%.best', percent=True)}",
+                    *(
+                        f"{of(f'at 1%.{kind}.found', percent=True)} / "
+                        f"{of(f'at 1%.{kind}.wrong', percent=True, digits=1)}"
+                        for kind in ("clean", "dirty")
+                    ),
+                    of("images_per_second"),
+                    of("latency_ms", digits=1),
+                    "0.981 (DRUPE, notebook of the release)" if method == "dede" and "bad" in case else "–",
+                ]
+            )
+    return common.markdown(header, lines) if lines else ""
+
+
+def strength_table(results):
+    header = ["CTRL, share poisoned", "seeds", "ASR % (control)", "ACC %", "waves: found / right %"]
+    lines = []
+    rows = [row for row in results["rows"] if "strengths" in row]
+    for name in rows[0]["strengths"] if rows else ():
+
+        def of(path, name=name, **how):
+            return common.spread((common.pick(row["strengths"][name], path) for row in rows), **how)
+
+        asr = f"{of('victim.linear.attack_success')} ({of('control.linear.attack_success')})"
+        waves = f"{of('waves.recall', percent=True)} / {of('waves.precision', percent=True)}"
+        lines.append([name, str(len(rows)), asr, of("victim.linear.accuracy"), waves])
+    return common.markdown(header, lines) if lines else ""
+
+
+def jobs_of(setting, options):
+    for seed in options.seeds:
+        for attack in ATTACKS:
+            for kind in ("in", "out"):
+                case = f"{attack}, {kind}"
+                if case in options.cases:
+                    yield common.Job(
+                        case,
+                        seed,
+                        {"setting": asdict(setting), "attack": asdict(attack_of(attack, setting, seed))},
+                        lambda a=attack, k=kind, s=seed: run_row(a, k, setting, s, options),
+                    )
+        if "ctrl strength" in options.cases:
+            yield common.Job(
+                "ctrl strength",
+                seed,
+                {"setting": asdict(setting), "strengths": STRENGTHS},
+                lambda s=seed: run_strength(setting, s, options),
+            )
+
+
+CASES = [*(f"{attack}, {kind}" for attack in ATTACKS for kind in ("in", "out")), "ctrl strength"]
+
+if __name__ == "__main__":
+    options = common.parse(__doc__, seeds=range(3), cases=CASES)
+    code = common.run_jobs("detectors", jobs_of(SETTING, options), options)
+    common.print_table("detectors", table)
+    sys.exit(code)
