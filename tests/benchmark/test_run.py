@@ -285,6 +285,9 @@ def test_missing_data_and_triggers_are_said(task_file, tmp_path, monkeypatch):
     task = read_task(task_file('embedded = "digits"', 'folder = "nowhere"'))
     with pytest.raises(DataError, match="set UNPOISON_DATA to the folder that holds 'nowhere'"):
         plan_benchmark(task, tmp_path / "out")
+    with pytest.raises(DataError, match="set UNPOISON_DATA"):  # once, not once per cell
+        run_benchmark(task, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
     (tmp_path / "nowhere").mkdir()
     task = read_task(task_file("rate = 1.0", 'targets = [0]\ntriggers = ["none.png"]'))
     with pytest.raises(

@@ -71,11 +71,13 @@ def run_benchmark(
 
     Raises:
         ConfigError: `out` holds something else.
+        DataError: none of the task's images are there.
     """
     out = Path(out)
     store = out if store is None else Path(store)
-    _claim(out, task)
     bench = Bench(task, store, device=device, precision=precision, fresh=fresh)
+    _find_data(bench)
+    _claim(out, task)
     rows: list[tuple[Cell, dict[str, Any]]] = []
     failed: list[tuple[Cell, str]] = []
     for number, cell in enumerate(task.cells, start=1):
@@ -194,6 +196,19 @@ def expected_passes(config: ScanConfig, n_images: int, image_size: int) -> int:
     explore = scored * (1 + masks + 2 * config.patches * flips)
     refine = (64 + min(config.exploit, n_images)) * (masks + 2 * flips)
     return n_images + flips + explore + refine + 128 * flips + 2 * held_out + 24 * masks
+
+
+def _find_data(bench: Bench) -> None:
+    """Raises what is wrong with the images when that is so of all of them; else cells of the others are computed."""
+    wrong: dict[str, UnpoisonError] = {}
+    for cell in bench.task.cells:
+        if cell.data not in wrong:
+            try:
+                bench.chosen(cell)
+            except UnpoisonError as error:
+                wrong[cell.data] = error
+    if wrong and len(wrong) == len({cell.data for cell in bench.task.cells}):
+        raise next(iter(wrong.values()))
 
 
 def _named(progress: Progress, where: str) -> Progress:
