@@ -15,7 +15,7 @@ DATA = common.Data(folder="tinyimagenet100", size=64, classes=10, train=500, tes
 # class keeps in all its views tie it to its own class.
 VICTIM = common.PretrainConfig(
     method="moco-v2",
-    epochs=60,
+    epochs=80,
     batch_size=128,
     queue_size=1024,
     key_momentum=0.95,
