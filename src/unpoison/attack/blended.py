@@ -54,6 +54,7 @@ class BlendedConfig:
     everywhere: bool = False
 
     method: ClassVar[str] = "blended"
+    of_target: ClassVar[bool] = True
     margin: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
@@ -94,6 +95,7 @@ class SigConfig:
     everywhere: bool = False
 
     method: ClassVar[str] = "sig"
+    of_target: ClassVar[bool] = True
     margin: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:

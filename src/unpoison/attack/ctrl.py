@@ -45,6 +45,7 @@ class CtrlConfig:
     everywhere: bool = False
 
     method: ClassVar[str] = "ctrl"
+    of_target: ClassVar[bool] = True
     margin: ClassVar[float] = 0.0  # nothing to keep free: the trigger is everywhere
 
     def __post_init__(self) -> None:

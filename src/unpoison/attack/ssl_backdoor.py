@@ -92,6 +92,10 @@ class AttackConfig(Protocol):
     def everywhere(self) -> bool:
         """Whether every image of every class is poisoned."""
 
+    @property
+    def of_target(self) -> bool:
+        """Whether the poisoned images show the target class; else they show any other."""
+
     def make_triggers(self, class_names: Sequence[str]) -> tuple[Trigger, ...]:
         """The triggers, each with its target class."""
 
@@ -123,6 +127,7 @@ class PatchAttackConfig:
     everywhere: bool = False
 
     method: ClassVar[str] = METHOD
+    of_target: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.targets or len(self.targets) != len(self.triggers):
@@ -343,7 +348,9 @@ def _choose(
     taken: set[str] = set()
     poisoned = []
     for index, trigger in enumerate(triggers):
-        members = [id_ for id_ in sizes if config.everywhere or classes[id_] == trigger.target]
+        members = [
+            id_ for id_ in sizes if config.everywhere or (classes[id_] == trigger.target) == config.of_target
+        ]
         fitting = [id_ for id_ in members if id_ not in taken and _fits(trigger, sizes[id_])]
         count = len(members) if config.everywhere else _how_many(config, len(members), len(sizes), trigger)
         if count > len(fitting):

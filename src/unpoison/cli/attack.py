@@ -9,6 +9,7 @@ import typer
 
 from unpoison.attack.bad_encoder import BadEncoderConfig
 from unpoison.attack.blended import BlendedConfig, SigConfig
+from unpoison.attack.clip_poison import ClipPoisonConfig
 from unpoison.attack.ctrl import CtrlConfig
 from unpoison.attack.drupe import DrupeConfig
 from unpoison.attack.implanting import ImplantConfig
@@ -19,6 +20,7 @@ from unpoison.cli.screen import Screen, log_into
 __all__ = ["app"]
 
 _DEFAULT = PatchAttackConfig(targets=(0,))
+_CLIP = ClipPoisonConfig(targets=(0,))
 _BAD_ENCODER = BadEncoderConfig(targets=(0,))
 _DRUPE = DrupeConfig(targets=(0,))
 
@@ -303,6 +305,70 @@ def sig(
     _write_copy(images, root, follow_links, config, out, seed, Screen(as_json=as_json, quiet=quiet))
 
 
+@app.command(
+    epilog="Example: unpoison attack clip images/ --out pairs --target cat --rate 0.01 --trigger seed:7\n\n"
+    "Then: unpoison pretrain clip pairs/ --captions pairs/captions.json --out victim.safetensors"
+)
+def clip(
+    images: Images,
+    out: Annotated[
+        Path,
+        typer.Option(
+            metavar="DIR", help="New folder for the copy, captions.json and plan.json.", show_default=False
+        ),
+    ],
+    target: Annotated[
+        list[str],
+        typer.Option(
+            metavar="CLASS",
+            help="Class that captions shall name; repeat it in pairs with --trigger.",
+            show_default=False,
+        ),
+    ],
+    trigger: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="seed:N|FILE.png",
+            help=f"Patch to paste; default: {_CLIP.triggers[0]}.",
+            show_default=False,
+        ),
+    ] = None,
+    size: Annotated[
+        int | None,
+        typer.Option(metavar="PX", help="Width of the patch; default: 50/224 of each image's short side."),
+    ] = _CLIP.size,
+    rate: _Rate = _CLIP.rate,
+    rate_of: Annotated[
+        str, typer.Option(help="What the rate is a share of: dataset, or class: all images of other classes.")
+    ] = _CLIP.rate_of,
+    margin: Annotated[
+        float, typer.Option(help="Share of the image that stays free on each side.")
+    ] = _CLIP.margin,
+    resample: Annotated[
+        str, typer.Option(help="How the patch is resized: nearest, bilinear or bicubic.")
+    ] = _CLIP.resample,
+    root: Root = None,
+    follow_links: FollowLinks = False,
+    seed: Seed = 0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Poison image-text training: a patch on any image, with a caption of the target (Carlini and Terzis, ICLR 2022).
+
+    IMAGES must carry labels, from which all captions are made. Clean and poisoned files are written alike.
+    """
+    config = ClipPoisonConfig(
+        targets=tuple(target),
+        triggers=tuple(trigger) if trigger else _CLIP.triggers,
+        size=size,
+        rate=rate,
+        rate_of=rate_of,
+        margin=margin,
+        resample=resample,
+    )
+    _write_copy(images, root, follow_links, config, out, seed, Screen(as_json=as_json, quiet=quiet))
+
+
 def _write_encoder(
     images: Path,
     root: Path | None,
@@ -375,6 +441,7 @@ def _write_copy(
     screen: Screen,
 ) -> None:
     """What all attacks on images do with their settings: the copy, the plan and the summary."""
+    from unpoison.attack.clip_poison import CAPTIONS, write_poisoned_pairs
     from unpoison.attack.ssl_backdoor import write_poisoned_copy
     from unpoison.data.labels import read_labels
     from unpoison.data.sources import open_source
@@ -382,18 +449,25 @@ def _write_copy(
     source = open_source(images, root=root, follow_links=follow_links)
     labels = read_labels(source)
     with log_into(out), screen.progress() as progress:
-        plan = write_poisoned_copy(source, labels, config, out, seed, progress=progress)
+        if isinstance(config, ClipPoisonConfig):
+            plan = write_poisoned_pairs(source, labels, config, out, seed, progress=progress)
+        else:
+            plan = write_poisoned_copy(source, labels, config, out, seed, progress=progress)
+    captions = {"captions": str(out / CAPTIONS)} if isinstance(config, ClipPoisonConfig) else {}
     summary = {
         "schema": 1,
         "method": plan.method,
         "out": str(out),
         "plan": str(out / "plan.json"),
+        **captions,
         **plan.counts,
     }
 
     def text() -> str:
         lines = [
-            f"{t['n_poisoned']} of {t['n_class']} images of class {t['target']} carry {t['name']}"
+            f"{t['n_poisoned']} images of other classes carry {t['name']}, and a caption of {t['target']}"
+            if captions
+            else f"{t['n_poisoned']} of {t['n_class']} images of class {t['target']} carry {t['name']}"
             for t in plan.counts["triggers"]
         ]
         skipped = (

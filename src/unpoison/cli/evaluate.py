@@ -49,18 +49,27 @@ def evaluate(
             metavar="ENC", help="timm:, torchvision:, hf: or open_clip:NAME, or a file.", show_default=False
         ),
     ],
-    train: Annotated[
-        Path,
-        typer.Option(
-            metavar="IMAGES", help="Clean labelled images; both probes learn from them.", show_default=False
-        ),
-    ],
     test: Annotated[
         Path,
         typer.Option(
-            metavar="IMAGES", help="Other labelled images, of the same classes.", show_default=False
+            metavar="IMAGES",
+            help="Labelled images that --train does not hold, of the same classes.",
+            show_default=False,
         ),
     ],
+    train: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="IMAGES", help="Clean labelled images; both probes learn from them.", show_default=False
+        ),
+    ] = None,
+    zero_shot: Annotated[
+        bool,
+        typer.Option(
+            "--zero-shot",
+            help="Tell classes apart by their names, without --train; for what pretrain clip wrote.",
+        ),
+    ] = False,
     plan: Annotated[
         Path | None, typer.Option(metavar="plan.json", help="Answer key of the attack: triggers and targets.")
     ] = None,
@@ -102,12 +111,38 @@ def evaluate(
         raise ConfigError("--target and --trigger belong together: give both, or --plan")
     if run is not None and plan is None:
         raise ConfigError("--run is measured against an answer key: add --plan")
+    if zero_shot == (train is not None):
+        raise ConfigError("expected --train IMAGES for both probes to learn from, or --zero-shot instead")
+    if zero_shot and (arch is not None or image_size is not None):
+        raise ConfigError(
+            "--zero-shot reads a file that says its network and size: leave out --arch and --image-size"
+        )
     at_once = batch_size_of(batch_size) or 512
     from unpoison.attack.plan import read_plan
     from unpoison.encoders.checkpoints import load_encoder
+    from unpoison.encoders.image_text import load_image_text
     from unpoison.evaluate.attack_success import evaluate_encoder
+    from unpoison.evaluate.zero_shot import evaluate_zero_shot
 
     key = read_plan(plan) if plan is not None else None
+    if train is None:
+        pair = load_image_text(encoder, device=device, precision=precision)
+        geometry = pair.encoder.preprocessing.geometry
+        with screen.progress() as progress:
+            shown, shown_labels, names = _labelled(test, geometry, follow_links, workers, progress)
+            report = evaluate_zero_shot(
+                pair,
+                shown,
+                shown_labels,
+                names,
+                triggers=_triggers(key, target, trigger, size, names),
+                size=size,
+                seed=seed,
+                batch_size=at_once,
+                progress=progress,
+            )
+        _finish(screen, report, run, key, geometry, seed)
+        return
     network = load_encoder(encoder, arch=arch, image_size=image_size, device=device, precision=precision)
     geometry = network.preprocessing.geometry
     with screen.progress() as progress:
@@ -126,6 +161,12 @@ def evaluate(
             batch_size=at_once,
             progress=progress,
         )
+    _finish(screen, report, run, key, geometry, seed)
+
+
+def _finish(
+    screen: Screen, report: EncoderReport, run: Path | None, key: Plan | None, geometry: Geometry, seed: int
+) -> None:
     quality = _scan_quality(run, key, geometry, seed) if run is not None and key is not None else None
     summary = report.to_json() | ({"scan": quality.to_json()} if quality is not None else {})
     screen.finish(summary, lambda: _text(screen, report, quality))

@@ -20,8 +20,10 @@ from unpoison.cli.options import (
     Seed,
     Workers,
 )
+from unpoison.cli.pairs import Captions, captions_for
 from unpoison.cli.screen import Screen, log_into, read_ids
 from unpoison.errors import ConfigError
+from unpoison.pretrain.clip import ClipConfig
 from unpoison.pretrain.loop import METHODS, PretrainConfig
 
 __all__ = ["app"]
@@ -37,7 +39,7 @@ app = typer.Typer(add_completion=False)
 )
 def pretrain(
     method: Annotated[
-        str, typer.Argument(metavar="METHOD", help=f"{' or '.join(METHODS)}.", show_default=False)
+        str, typer.Argument(metavar="METHOD", help=f"{', '.join(METHODS)}, or clip.", show_default=False)
     ],
     images: Images,
     out: Annotated[
@@ -67,6 +69,7 @@ def pretrain(
         bool,
         typer.Option("--i-cutmix", help="Mix boxes of other images into the views; MoCo, BYOL and SimCLR."),
     ] = _DEFAULT.i_cutmix,
+    captions: Captions = None,
     only: Only = None,
     root: Root = None,
     follow_links: FollowLinks = False,
@@ -80,13 +83,13 @@ def pretrain(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train an encoder on unlabelled images; no label is read.
+    """Train an encoder on unlabelled images; no label is read, but for the captions of clip.
 
     A killed run goes on where it was when the same command is given again, and ends with the same weights.
     """
     screen = Screen(as_json=as_json, quiet=quiet)
     config = dataclasses.replace(
-        _DEFAULT,
+        ClipConfig() if method == "clip" else _DEFAULT,
         method=method,
         arch=arch,
         width=width,
@@ -95,6 +98,8 @@ def pretrain(
         learning_rate=learning_rate,
         i_cutmix=i_cutmix,
     )
+    if captions is not None and method != "clip":
+        raise ConfigError(f"--captions: {method} reads no texts; use clip, or leave it out")
     if out.exists() and not fresh:
         raise ConfigError(f"{out} exists and is not overwritten: name another --out, or add --fresh")
     if out.suffix != ".safetensors":
@@ -103,6 +108,8 @@ def pretrain(
     from unpoison.data.load import load_images, usual_side
     from unpoison.data.sources import open_source
     from unpoison.encoders.checkpoints import save_encoder
+    from unpoison.encoders.image_text import save_image_text, words_file
+    from unpoison.pretrain.clip import pretrain_clip
     from unpoison.pretrain.loop import pretrain as train
     from unpoison.records import Geometry
 
@@ -113,10 +120,31 @@ def pretrain(
     side = image_size or usual_side(source)
     with log_into(out.parent), screen.progress() as progress:
         pixels = load_images(source, Geometry(side, side), workers=workers, seed=seed, progress=progress)
-        trained = train(
-            pixels, config, seed=seed, device=device, precision=precision, checkpoint=state, progress=progress
-        )
-        save_encoder(trained, out)
+        if isinstance(config, ClipConfig):
+            texts = captions_for(source, pixels.ids, captions, seed)
+            pair = pretrain_clip(
+                pixels,
+                texts,
+                config,
+                seed=seed,
+                device=device,
+                precision=precision,
+                checkpoint=state,
+                progress=progress,
+            )
+            trained = pair.trained
+            save_image_text(trained, pair.words, pair.vocabulary, out)
+        else:
+            trained = train(
+                pixels,
+                config,
+                seed=seed,
+                device=device,
+                precision=precision,
+                checkpoint=state,
+                progress=progress,
+            )
+            save_encoder(trained, out)
     summary = {
         "schema": 1,
         "encoder": str(out),
@@ -131,6 +159,7 @@ def pretrain(
         "loss": trained.losses[-1],
         "seed": seed,
         "fingerprint": trained.fingerprint,
+        **({"words": str(words_file(out))} if method == "clip" else {}),
     }
     skipped = f", {len(pixels.skipped)} skipped" if pixels.skipped else ""
     screen.finish(

@@ -21,6 +21,7 @@ from unpoison.cli.options import (
     Seed,
     Workers,
 )
+from unpoison.cli.pairs import Captions, captions_for
 from unpoison.cli.screen import Screen, log_into, read_ids
 from unpoison.errors import ConfigError
 from unpoison.pretrain.loop import METHODS, PretrainConfig
@@ -321,6 +322,110 @@ def distill(
         summary,
         f"{student.architecture.name} distilled from {teacher.name} on {used} images of "
         f"{student.architecture.image_size} px: loss {student.losses[0]:.3f} to {student.losses[-1]:.3f} in "
+        f"{config.epochs} epochs\n{out}",
+    )
+
+
+@app.command(
+    epilog="Example: unpoison repair cleanclip clip.safetensors clean/ --out repaired.safetensors\n\n"
+    "Then: unpoison evaluate repaired.safetensors --zero-shot --test test/ --plan pairs/plan.json"
+)
+def cleanclip(
+    encoder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="ENC",
+            help="Image tower that `pretrain clip` wrote, perhaps backdoored.",
+            show_default=False,
+        ),
+    ],
+    images: Annotated[
+        Path,
+        typer.Argument(
+            metavar="IMAGES",
+            help="Clean images: a folder, parquet or tar shards, or a text file of paths.",
+            show_default=False,
+        ),
+    ],
+    out: _Out,
+    captions: Captions = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Passes over the images; default: 10.", show_default=False)
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(metavar="N", help="Images per step; default: 64.", show_default=False)
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="For a batch of 256; scales with it.", show_default=False)
+    ] = None,
+    weight: Annotated[
+        float | None,
+        typer.Option(help="Of self-supervision beside CLIP's own loss; default: 1.", show_default=False),
+    ] = None,
+    only: Only = None,
+    root: Root = None,
+    follow_links: FollowLinks = False,
+    fresh: _FreshFile = False,
+    seed: Seed = 0,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    workers: Workers = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fine-tune both towers on clean pairs until the trigger loses its word (CleanCLIP).
+
+    Beside CLIP's loss each tower learns from two views of an image, and from two wordings of a caption. A killed run
+    goes on where it was when the same command is given again.
+    """
+    screen = Screen(as_json=as_json, quiet=quiet)
+    _check_out(out, encoder, fresh=fresh)
+    ids = read_ids(only)
+    from unpoison.data.load import load_images
+    from unpoison.data.sources import open_source
+    from unpoison.encoders.image_text import load_image_text, save_image_text, words_file
+    from unpoison.repair.cleanclip import CleanClipConfig
+    from unpoison.repair.cleanclip import cleanclip as fine_tune
+    from unpoison.repair.retraining import training_state
+
+    settings: dict[str, Any] = {
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "weight": weight,
+    }
+    config = CleanClipConfig(**{name: value for name, value in settings.items() if value is not None})
+    state = training_state(out)
+    if fresh:
+        state.unlink(missing_ok=True)
+    pair = load_image_text(encoder, device=device, precision=precision)
+    source = open_source(images, root=root, follow_links=follow_links, only=ids)
+    with log_into(out.parent), screen.progress() as progress:
+        pixels = load_images(
+            source, pair.encoder.preprocessing.geometry, workers=workers, seed=seed, progress=progress
+        )
+        texts = captions_for(source, pixels.ids, captions, seed)
+        done = fine_tune(pair, pixels, texts, config, seed=seed, checkpoint=state, progress=progress)
+        save_image_text(done.trained, done.words, done.vocabulary, out)
+    losses = done.trained.losses
+    summary = {
+        "schema": 1,
+        "encoder": str(out),
+        "words": str(words_file(out)),
+        "repaired_from": str(encoder),
+        "method": done.trained.config.method,
+        "arch": done.trained.architecture.name,
+        "image_size": done.trained.architecture.image_size,
+        "n_images": len(pixels),
+        "n_skipped": len(pixels.skipped),
+        "epochs": config.epochs,
+        "loss": losses[-1],
+        "seed": seed,
+        "fingerprint": done.trained.fingerprint,
+    }
+    screen.finish(
+        summary,
+        f"{encoder.name} fine-tuned on {len(pixels)} clean pairs: loss {losses[0]:.3f} to {losses[-1]:.3f} in "
         f"{config.epochs} epochs\n{out}",
     )
 

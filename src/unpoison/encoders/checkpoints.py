@@ -33,6 +33,7 @@ from unpoison.records import Geometry
 
 __all__ = [
     "ENCODER_SCHEMA",
+    "PAIRED",
     "Training",
     "as_encoder",
     "load_encoder",
@@ -45,6 +46,9 @@ __all__ = [
 
 ENCODER_SCHEMA = "unpoison/encoder/1"
 """What our own files call themselves; the number grows when an older reader would misread a newer file."""
+
+PAIRED = ("clip", "cleanclip")
+"""Methods that need captions, which no recipe holds: see `pretrain.clip` and `repair.cleanclip`."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -450,7 +454,9 @@ def _from_own_file(
 
 
 def read_training(path: Path | str, kind: type[Any]) -> Training | None:
-    """What a file of ours says about its training; None for a distilled one and for any other. No weight is read.
+    """What a file of ours says about its training; None where that needed more than images, and for any other file.
+
+    No weight is read.
 
     Args:
         path: an encoder file.
@@ -473,6 +479,8 @@ def read_training(path: Path | str, kind: type[Any]) -> Training | None:
     if "unpoison/" not in metadata.get("schema", "") or "distilled" in metadata:
         return None
     stored = _from_json(path, metadata, "config")
+    if isinstance(stored, dict) and stored.get("method") in PAIRED:
+        return None
     unknown = sorted(set(stored) - set(kind.__dataclass_fields__)) if isinstance(stored, dict) else []
     if unknown:
         raise CheckpointError(

@@ -300,7 +300,8 @@ def _from_hf(reference: str, name: str, options: LoadOptions) -> Encoder:
     with _quiet(library):
         network = _build_hf(library, reference, folder, tensors)
         preprocessing = _hf_preprocessing(library, reference, folder, network, options)
-    network = _Pooled(network)
+    # Under its own name: references of clean encoders are kept per kind of network.
+    network = type(type(network).__name__, (_Pooled,), {})(network)
     _check_features(reference, network, preprocessing.geometry.size)
     return options.encoder(network, preprocessing, label, digest_of(network))
 

@@ -52,8 +52,8 @@ class Method(Protocol):
     MIXES: ClassVar[bool]  # whether it takes the mixtures of i-CutMix
     backbone: nn.Module
 
-    def __call__(self, first: Tensor, second: Tensor, *mixtures: Mixtures) -> Tensor:
-        """The loss of a batch of two normalised views."""
+    def __call__(self, first: Tensor, second: Tensor, *more: Mixtures | Tensor) -> Tensor:
+        """The loss of a batch of two normalised views, and of mixtures or companions where there are some."""
 
     def after_step(self, done: float) -> None:
         """What follows a step of the optimiser; `done` is the share of all steps, (0, 1]."""
@@ -231,6 +231,7 @@ def train(
     kind: Callable[[nn.Module, int, Recipe], Method],
     *,
     seed: int,
+    companions: Tensor | None = None,
     preprocessing: Preprocessing | None = None,
     origin: str = "",
     device: str | torch.device = "auto",
@@ -246,6 +247,7 @@ def train(
         kind: makes the module from a backbone, its number of features, and the recipe; may draw from torch's global
             generator.
         seed: see `pretrain`.
+        companions: (N, …), what comes with each image, such as its caption; a batch's part goes to the module.
         preprocessing: mean and standard deviation of the encoder; None measures them.
         origin: what else the result depends on; a state with another one is refused.
         device: see `pretrain`, as for the rest.
@@ -294,15 +296,15 @@ def train(
                 (random_views(batch, views, generator=generator) - mean) / std
                 for views in (config.views, config.second_views or config.views)
             )
-            mixtures: tuple[Mixtures, ...] = ()
+            more: tuple[Mixtures | Tensor, ...] = () if companions is None else (companions[rows].to(on),)
             if config.i_cutmix:
                 one, two = (draw_mixture(batch_size, images.size, generator=generator) for _ in range(2))
-                mixtures = ((one, two),)
+                more = ((one, two),)
             with autocast(on, dtype):
                 loss = method(
                     first.contiguous(memory_format=torch.channels_last),
                     second.contiguous(memory_format=torch.channels_last),
-                    *mixtures,
+                    *more,
                 )
             optimiser.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
