@@ -40,6 +40,7 @@ def test_a_backdoor_is_called_so_beside_clean_encoders(tmp_path):
         and len(result.reference_shares) == 4
     )
     assert fits(result.summary, SCHEMAS["audit"])
+    assert result.summary.keys() <= SCHEMAS["audit"]["properties"].keys()
     again = audit(toy(0.0, fingerprint="clean-0"), IMAGES, config=few, reference=reference, alpha=0.2)
     assert again.verdict == "inconclusive"  # it is one of the four, and three are too few
     assert audit(toy(0.05), IMAGES, config=few, reference=reference, alpha=0.2).verdict in (

@@ -107,6 +107,9 @@ def test_one_s_own_images_need_classes_and_enough_of_them(image_folder, tmp_path
         demo.run_demo(image_folder / "cat", tmp_path / "other", device="cpu")
     with pytest.raises(ConfigError, match="no such file or folder"):
         demo.run_demo(tmp_path / "nowhere", tmp_path / "third", device="cpu")
+    assert not {"out", "other", "third"} & {
+        path.name for path in tmp_path.iterdir()
+    }  # the next try is not refused
 
 
 def test_one_s_own_images_are_attacked_in_the_largest_class(scan, picture, tmp_path):

@@ -59,6 +59,15 @@ class StopAt:
             raise KeyboardInterrupt
 
 
+def test_what_limit_or_sample_left_out_was_not_tested() -> None:
+    for part, left in (({"limit": 60}, 20), ({"sample": 70}, 10), ({"limit": 80}, 0), ({}, 0)):
+        result = pipeline.scan(clean(80, 0), config=DCT, **part)
+        not_tested = result.summary["scope"]["not_tested"]
+        expected = [f"{left} other images, which limit or sample left out"] if left else []
+        assert [line for line in not_tested if "left out" in line] == expected
+        assert result.summary["n_images"] == 80 - left
+
+
 # ── by a detector ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -73,6 +82,7 @@ def test_poison_is_flagged_with_auxiliary_images_and_again_with_the_detector_tha
     assert names(tmp_path / "run") == {*FILES.split(), "detector.safetensors"}
     said = result.summary
     assert said.keys() >= set(SCHEMAS["verdict"]["required"]) and said["triggers"] == []
+    assert said.keys() <= SCHEMAS["verdict"]["properties"].keys()
     assert said["n_images"] == 101 == said["n_scored"] + said["n_unscored"] + said["n_skipped"]
     assert said["encoder_passes"] == encoder.images_shown == 60 * (100 + 40)
     assert said["detector"]["made_on"] == "auxiliary images" and said["detector"]["n_calibration"] == 40

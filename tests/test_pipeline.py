@@ -12,11 +12,13 @@ import pandas
 import pytest
 import torch
 
+from report.test_schemas import fits
 from toys import planted_encoder, planted_images, planted_patterns
 from unpoison import patch_pipeline, pipeline
 from unpoison.errors import ConfigError, NothingToScanError, NoVerdictError
 from unpoison.pretrain.loop import PretrainConfig
 from unpoison.records import Box, ImageSet, ScanResult, Skipped
+from unpoison.report.schemas import SCHEMAS
 from unpoison.runs import load_result
 from unpoison.scan.config import ScanConfig
 from unpoison.scan.poison_classifier import ClassifierConfig
@@ -225,6 +227,10 @@ def test_the_summary_is_plain_json_and_repeats_the_settings(reference: Scanned) 
     assert json.loads(json.dumps(summary, allow_nan=False)) == json.loads(json.dumps(summary))
     assert summary["config"] == dataclasses.asdict(CONFIG.resolve(160, 32)) and summary["seed"] == 0
     assert any("could not be read" in line for line in summary["scope"]["not_tested"])
+    assert fits(summary, SCHEMAS["verdict"])
+    triggers = SCHEMAS["verdict"]["properties"]["triggers"]["items"]["properties"]
+    assert summary.keys() <= SCHEMAS["verdict"]["properties"].keys()
+    assert summary["triggers"] and all(said.keys() <= triggers.keys() for said in summary["triggers"])
 
 
 def test_the_evidence_shows_the_first_of_the_ranking(

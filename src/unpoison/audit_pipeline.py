@@ -103,7 +103,7 @@ def audit(
             neither has any, there is no verdict.
         add_to: reference file to which this encoder, known to be clean, is added.
         alpha: allowed share of clean encoders that are called backdoored.
-        second_opinion: ask SSL-Cleanse, too; costs several times the search itself, and the verdict ignores it.
+        second_opinion: ask SSL-Cleanse, too; may cost more than the search itself, and the verdict ignores it.
         preprocessing: of a module.
         sample: images used at most; which ones does not depend on the seed.
         seed: every draw of the run depends on it alone.

@@ -210,7 +210,11 @@ def run_demo(
     finished = folder.open(fresh=fresh)
     if finished is not None:
         return finished
-    story, settings = _tell(name, images, data, settings, seed, out, progress)
+    try:
+        story, settings = _tell(name, images, data, settings, seed, out, progress)
+    except (ConfigError, DataError, NothingToScanError):
+        folder.forget()
+        raise
 
     def train(who: str, on: ImageSet) -> Encoder:
         path = out / "encoders" / f"{who}.safetensors"
@@ -633,6 +637,12 @@ class _Folder:
                     "choose another --out, or --fresh to start over"
                 )
         return None if told.get("result") is None else _result_from(told["result"])
+
+    def forget(self) -> None:
+        """Remove the mark of a demo that was refused before it wrote anything, so that it does not stand in the way."""
+        if [path.name for path in self.out.iterdir()] == [self.path.name]:
+            self.path.unlink()
+            self.out.rmdir()
 
     def finish(self, result: DemoResult) -> None:
         """Write the result."""

@@ -189,7 +189,7 @@ def scan(
             result, fitted = judge_images(judging, min_coverage, started)
             if folder is not None and fitted is not None:
                 fitted.save(folder.path / DETECTOR_FILE)
-            return _saved(result, decoded, folder)
+            return _saved(_of_a_part(result, source, limit or sample), decoded, folder)
         resolved = asked
         if config.max_passes is not None:
             resolved = fit_budget(asked, len(decoded), geometry.size, config.max_passes)
@@ -210,7 +210,8 @@ def scan(
         progress,
         _of_the_search(asked, waves),
     )
-    return _saved(_with_screen(search_patches(bench, min_coverage, started), waves, config), decoded, folder)
+    result = _with_screen(search_patches(bench, min_coverage, started), waves, config)
+    return _saved(_of_a_part(result, source, limit or sample), decoded, folder)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -434,6 +435,16 @@ def _with_screen(found: ScanResult, waves: Waves | None, config: ScanConfig) -> 
         summary.pop(name, None)
     summary |= {"verdict": "poisoned", "n_flagged": int(findings["flagged"].sum())}
     return replace(found, verdict="poisoned", findings=findings, summary=summary)
+
+
+def _of_a_part(result: ScanResult, source: Opened, wanted: int | None) -> ScanResult:
+    """The result; what `limit` or `sample` left out is named among what was not tested."""
+    left = 0 if wanted is None else _count(source) - wanted
+    if left <= 0:
+        return result
+    scope = result.summary["scope"]
+    not_tested = [f"{left} other images, which limit or sample left out", *scope["not_tested"]]
+    return replace(result, summary={**result.summary, "scope": {**scope, "not_tested": not_tested}})
 
 
 def _saved(result: ScanResult, images: ImageSet, folder: RunFolder | None) -> ScanResult:

@@ -78,8 +78,10 @@ def test_targets_can_be_renumbered() -> None:
 
 
 def test_a_plan_that_is_no_json_or_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"cannot read the plan .*none.json: No such file"):
+    with pytest.raises(ConfigError, match=r"plan '.*none.json': no such file"):
         read_plan(tmp_path / "none.json")
+    with pytest.raises(DataError, match=r"cannot read the plan .*: Is a directory"):
+        read_plan(tmp_path)
     for text in ("{", "[" * 100_000, "\udcff"):
         path = tmp_path / "plan.json"
         path.write_bytes(text.encode("utf-8", "surrogateescape"))

@@ -55,7 +55,7 @@ def test_targets_and_triggers_follow_the_seed():
             "task.toml: defence.PoisonCAM.widnow: unknown setting; did you mean 'window'?",
         ),
         ("epochs = 1", "epochs = '1'", "victim.resnet.epochs: input should be a valid integer, got '1'"),
-        ("epochs = 1", "epochs = 0", "victim.resnet: epochs=0: expected a larger whole number"),
+        ("epochs = 1", "epochs = 0", "victim.resnet: epochs=0: expected at least 1"),
         (
             "epochs = 1",
             "views = { crap = 1 }",

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 import unpoison
 from unpoison.cli import main
@@ -27,8 +28,19 @@ def test_every_verb_explains_itself_with_examples(run, verb):
     assert done.exit_code == 0
     if verb not in (["attack"], ["repair"]):
         assert done.output.count("Example: unpoison") == 2
-        for option in ("--seed", "--device", "--json", "--quiet"):
-            assert option in done.output
+
+
+def test_every_command_takes_the_options_of_all():
+    group = typer.main.get_command(main.app)
+    context = typer.Context(group)
+    commands = []
+    for name in main.VERBS:
+        verb = group.get_command(context, name)
+        commands += getattr(verb, "commands", {name: verb}).items()
+    assert {"scan", "ctrl", "clip", "distill"} <= {name for name, _ in commands}
+    for name, command in commands:
+        options = {option for parameter in command.params for option in parameter.opts}
+        assert {"--seed", "--device", "--json", "--quiet"} <= options, name
 
 
 def test_help_lists_the_verbs_and_the_exit_codes(run):

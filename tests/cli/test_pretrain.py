@@ -63,10 +63,10 @@ def test_an_encoder_of_each_kind_serves_a_scan(run, picture, tmp_path, method, a
     [
         (
             ("dino",),
-            "method 'dino': expected moco-v2 or simclr or moco-v3 or byol or simsiam or msf or rotation",
+            "method 'dino': expected moco-v2 or simclr or moco-v3 or byol or simsiam or msf or rotation or clip",
         ),
         (("moco-v3", "--image-size", "18"), "image_size=18: vit_tiny cuts it into patches of 4 pixels"),
-        (("simclr", "--epochs", "0"), "epochs=0: expected a larger whole number"),
+        (("simclr", "--epochs", "0"), "epochs=0: expected at least 1"),
         (("simsiam", "--i-cutmix"), "i_cutmix: simsiam cannot mix images, expected one of moco-v2"),
         (("simclr", "--out", "encoder.pth"), "expected a name that ends in .safetensors"),
     ],

@@ -249,6 +249,7 @@ def test_a_dry_run_as_json(run, previewing, image_folder, tmp_path):
     previewing(with_encoder=False)
     done = run("scan", image_folder, "--out", tmp_path / "run", "--dry-run", "--json")
     value = json.loads(done.stdout)
+    assert value["schema"] == 1
     assert value["expected_passes"] == sum(stage["expected"] for stage in value["passes"].values())
     assert value["expected_seconds"] is None and value["pretraining_images"] == 20_000
     assert value["config"]["clusters"] == 50

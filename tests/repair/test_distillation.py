@@ -197,7 +197,7 @@ def test_the_file_names_the_teacher_and_is_no_recipe(
         ({"share": float("nan")}, "share=nan: expected a share"),
         ({"method": "byol"}, "method 'byol': expected compress"),
         ({"i_cutmix": True}, "i_cutmix: compress cannot mix images"),
-        ({"epochs": 0}, "epochs=0: expected a larger whole number"),
+        ({"epochs": 0}, "epochs=0: expected at least 1"),
     ],
 )
 def test_settings_out_of_range_are_refused(wrong: dict[str, object], message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -112,7 +113,7 @@ def test_a_pattern_cut_from_different_pictures_recurs() -> None:
     found, images = windows(patches)
     (finalist,) = find_finalists(found, descending(12), images, nowhere(found))
     assert finalist.members.tolist() == [1, 4, 5, 9]  # strongest first
-    assert finalist.target_cluster == 2 and finalist.attractors.tolist() == [2]
+    assert finalist.target_cluster == 2 and finalist.attractors.tolist() == [0, 2]  # 0: where the images lie
 
 
 def test_members_are_ordered_by_score_whatever_their_place() -> None:
@@ -191,7 +192,15 @@ def test_every_cluster_that_gains_a_quarter_attracts() -> None:
     found.flips.gain[:, 4] = 0.1
     found.flips.gain[:, 3] = 0.09
     (finalist,) = find_finalists(found, descending(4), images, nowhere(found))
-    assert finalist.target_cluster == 2 and finalist.attractors.tolist() == [2, 4]
+    assert finalist.target_cluster == 2 and finalist.attractors.tolist() == [0, 2, 4]
+
+
+def test_clusters_that_hold_a_tenth_of_the_sources_attract() -> None:
+    """Flip images sit in the middle of their clusters; those that moved may show one of a trigger's clusters only."""
+    found, images = windows(planted_pattern().repeat(20, 1, 1, 1))
+    own = torch.tensor([2] * 17 + [1] * 2 + [3])
+    (finalist,) = find_finalists(replace(found, own=own), descending(20), images, nowhere(found))
+    assert finalist.target_cluster == 2 and finalist.attractors.tolist() == [1, 2]
 
 
 # --- What recurs and steers nothing ----------------------------------------------------------------------------------

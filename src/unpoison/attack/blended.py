@@ -19,11 +19,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from unpoison.attack.ctrl import check_rate
+from unpoison.attack.ctrl import added_waves
 from unpoison.attack.plan import Trigger
-from unpoison.attack.ssl_backdoor import class_index, read_pattern
+from unpoison.attack.ssl_backdoor import check_rate, class_index, read_pattern
 from unpoison.errors import ConfigError
-from unpoison.functional.global_triggers import global_change
 from unpoison.runtime import stage_generator
 
 __all__ = ["BlendedConfig", "SigConfig"]
@@ -109,12 +108,8 @@ class SigConfig:
         Raises:
             ConfigError: an unknown target.
         """
-        nothing = torch.zeros(3, 1, 1, dtype=torch.uint8)
-        _, added = global_change("sig", self.amplitude, nothing, _NOISE_SIDE, _NOISE_SIDE)
-        shown = (128 + added).round().clamp(0, 255).to(torch.uint8)
         index = class_index(self.target, class_names)
-        name = f"sig:{self.amplitude:g}"
-        return (Trigger(shown, name, index, class_names[index], kind="sig", strength=self.amplitude),)
+        return (added_waves("sig", self.amplitude, index, class_names[index]),)
 
 
 def _noise(seed: int) -> Tensor:

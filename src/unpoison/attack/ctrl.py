@@ -18,11 +18,11 @@ from typing import ClassVar
 import torch
 
 from unpoison.attack.plan import Trigger
-from unpoison.attack.ssl_backdoor import class_index
+from unpoison.attack.ssl_backdoor import check_rate, class_index
 from unpoison.errors import ConfigError
 from unpoison.functional.global_triggers import CTRL_BLOCK, global_change
 
-__all__ = ["CtrlConfig"]
+__all__ = ["CtrlConfig", "added_waves"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,29 +59,20 @@ class CtrlConfig:
         Raises:
             ConfigError: an unknown target.
         """
-        nothing = torch.zeros(3, 1, 1, dtype=torch.uint8)
-        _, added = global_change("ctrl", self.magnitude, nothing, CTRL_BLOCK, CTRL_BLOCK)
-        shown = (128 + added).round().clamp(0, 255).to(torch.uint8)
         index = class_index(self.target, class_names)
-        return (
-            Trigger(
-                shown,
-                f"ctrl:{self.magnitude:g}",
-                index,
-                class_names[index],
-                kind="ctrl",
-                strength=self.magnitude,
-            ),
-        )
+        return (added_waves("ctrl", self.magnitude, index, class_names[index]),)
 
 
-def check_rate(rate: float, rate_of: str) -> None:
-    """Complain about a share of images that is none.
+def added_waves(kind: str, strength: float, target: int, target_name: str) -> Trigger:
+    """A trigger that adds to an image; its pattern is what it adds to 32×32 pixels of grey.
 
-    Raises:
-        ConfigError: `rate` is out of range, or `rate_of` unknown.
+    Args:
+        kind: `ctrl` or `sig`.
+        strength: as in `functional.global_triggers.global_change`.
+        target: class index.
+        target_name: its name.
     """
-    if not 0 < rate <= 1:
-        raise ConfigError(f"rate={rate}: expected a fraction in (0, 1]")
-    if rate_of not in ("class", "dataset"):
-        raise ConfigError(f"rate_of={rate_of!r}: expected class or dataset")
+    nothing = torch.zeros(3, 1, 1, dtype=torch.uint8)
+    _, added = global_change(kind, strength, nothing, CTRL_BLOCK, CTRL_BLOCK)
+    shown = (128 + added).round().clamp(0, 255).to(torch.uint8)
+    return Trigger(shown, f"{kind}:{strength:g}", target, target_name, kind=kind, strength=strength)

@@ -282,8 +282,13 @@ def read_plan(path: str | Path) -> Plan:
     """Read and check a `plan.json`.
 
     Raises:
+        ConfigError: there is no such file.
         DataError: the file cannot be read, is not JSON, or is no valid plan; one line says where.
     """
+    if not Path(path).exists():
+        raise ConfigError(
+            f"plan {str(path)!r}: no such file; expected plan.json as `unpoison attack` writes it"
+        )
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:

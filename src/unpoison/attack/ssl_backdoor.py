@@ -48,6 +48,7 @@ __all__ = [
     "TEST_MARGIN",
     "AttackConfig",
     "PatchAttackConfig",
+    "check_rate",
     "class_index",
     "make_triggers",
     "paste_everywhere",
@@ -141,10 +142,7 @@ class PatchAttackConfig:
                 f"trigger {twice!r} has several targets, and could lead to one only: expected a trigger of its own for "
                 "each target"
             )
-        if not 0 < self.rate <= 1:
-            raise ConfigError(f"rate={self.rate}: expected a fraction in (0, 1]")
-        if self.rate_of not in ("class", "dataset"):
-            raise ConfigError(f"rate_of={self.rate_of!r}: expected class or dataset")
+        check_rate(self.rate, self.rate_of)
         if not 0 <= self.margin < 0.5:
             raise ConfigError(f"margin={self.margin}: expected a fraction in [0, 0.5)")
         if self.size is not None and self.size < 2:
@@ -159,6 +157,18 @@ class PatchAttackConfig:
     def make_triggers(self, class_names: Sequence[str]) -> tuple[Trigger, ...]:
         """As the function of this name."""
         return make_triggers(self, class_names)
+
+
+def check_rate(rate: float, rate_of: str) -> None:
+    """Complain about a share of images that is none.
+
+    Raises:
+        ConfigError: `rate` is out of range, or `rate_of` unknown.
+    """
+    if not 0 < rate <= 1:
+        raise ConfigError(f"rate={rate}: expected a fraction in (0, 1]")
+    if rate_of not in ("class", "dataset"):
+        raise ConfigError(f"rate_of={rate_of!r}: expected class or dataset")
 
 
 def poison(

@@ -243,6 +243,7 @@ def ctrl(
     root: Root = None,
     follow_links: FollowLinks = False,
     seed: Seed = 0,
+    device: Device = "auto",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -269,6 +270,7 @@ def blended(
     root: Root = None,
     follow_links: FollowLinks = False,
     seed: Seed = 0,
+    device: Device = "auto",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -294,6 +296,7 @@ def sig(
     root: Root = None,
     follow_links: FollowLinks = False,
     seed: Seed = 0,
+    device: Device = "auto",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -350,6 +353,7 @@ def clip(
     root: Root = None,
     follow_links: FollowLinks = False,
     seed: Seed = 0,
+    device: Device = "auto",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:

@@ -73,7 +73,7 @@ def audit(
         bool,
         typer.Option(
             "--second-opinion",
-            help="Ask SSL-Cleanse, too; takes several times as long, and changes no verdict.",
+            help="Ask SSL-Cleanse, too; takes longer, and changes no verdict.",
         ),
     ] = False,
     exit_zero: Annotated[

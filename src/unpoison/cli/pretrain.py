@@ -88,6 +88,8 @@ def pretrain(
     A killed run goes on where it was when the same command is given again, and ends with the same weights.
     """
     screen = Screen(as_json=as_json, quiet=quiet)
+    if method not in (*METHODS, "clip"):
+        raise ConfigError(f"method {method!r}: expected {' or '.join((*METHODS, 'clip'))}")
     config = dataclasses.replace(
         ClipConfig() if method == "clip" else _DEFAULT,
         method=method,

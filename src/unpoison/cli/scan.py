@@ -353,6 +353,7 @@ def _poison_size(text: str | None) -> float | None:
 
 def _preview_summary(seen: Any) -> dict[str, Any]:
     return {
+        "schema": 1,
         "n_images": seen.n_images,
         "passes": {s.name: {"expected": s.expected, "most": s.most} for s in seen.cost.stages},
         "expected_passes": seen.cost.expected,

@@ -131,7 +131,7 @@ class PretrainConfig:
         least = {"epochs": 1, "batch_size": 2, "queue_size": 1, "head_hidden": 1, "head_out": 2}
         for name, value in self._given(*least):
             if value < least[name]:
-                raise ConfigError(f"{name}={value}: expected a larger whole number")
+                raise ConfigError(f"{name}={value}: expected at least {least[name]}")
         for name, value in self._given("learning_rate", "temperature"):
             if not value > 0:
                 raise ConfigError(f"{name}={value}: expected a positive number")

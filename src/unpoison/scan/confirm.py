@@ -68,6 +68,9 @@ _KNOWN = 24
 _PART_OF_PATTERN = 0.5
 """Normalised cross-correlation, at shifts of up to 0.6 of the side, from which a window shows a part of a pattern."""
 
+_HOME = 0.1
+"""Share of a pattern's images from which a cluster counts as one that the pattern leads to."""
+
 _STRIKING_RATE = 0.2
 """Share of steered images that no innocent window was seen to reach."""
 
@@ -92,7 +95,8 @@ class Finalist:
     Attributes:
         members: candidates that carry it, strongest first; the first one's patch is tested.
         target_cluster: the cluster that gains most.
-        attractors: (c,) int64, all clusters that gain at least a quarter as much.
+        attractors: (c,) int64, all clusters that gain at least a quarter as much, and those in which a tenth or more
+            of the members' images lie.
     """
 
     members: Tensor
@@ -174,7 +178,10 @@ def find_finalists(
         gain = torch.minimum(flips.gain, flips.gain - flips.control_gain).mean(dim=0)
         if float(gain.max()) <= 0:
             continue
-        attractors = (gain >= 0.25 * gain.max()).nonzero().flatten()
+        # Where the patch leads flip images, and where the images that carry it lie. Flip images sit in the middle of
+        # their clusters and are hard to move: of a trigger that led to four clusters they showed one.
+        homes = torch.bincount(candidates.own[chosen], minlength=len(gain)) >= _HOME * len(chosen)
+        attractors = ((gain >= 0.25 * gain.max()) | homes).nonzero().flatten()
         finalists.append(Finalist(chosen, int(gain.argmax()), attractors))
     return finalists[:most]
 
