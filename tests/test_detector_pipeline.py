@@ -116,6 +116,7 @@ def test_without_other_images_there_is_an_order_and_no_verdict(tmp_path: Path) -
     images, boxes = planted_images(60, 8, torch.Generator().manual_seed(0))
     result = pipeline.scan(images, planted_encoder(), config=IDS, out=tmp_path / "run")
     assert result.verdict == "inconclusive" and "--auxiliary" in result.summary["reason"]
+    assert "rule" not in result.summary  # nothing was compared
     assert result.summary["p_value"] is None and result.flagged == ()
     assert names(tmp_path / "run") == set(
         FILES.split()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from unpoison.encoders.encoder import Encoder
 from unpoison.errors import ConfigError
-from unpoison.patch_pipeline import coverage, library_versions
+from unpoison.patch_pipeline import by_coverage, coverage, library_versions
 from unpoison.records import Evidence, ImageSet, ScanResult, Verdict
 from unpoison.runs import Stages
 from unpoison.runtime import Progress
@@ -126,13 +126,8 @@ def judge_images(
     independent = bench.detector is not None or bench.auxiliary is not None
     said = judge(bench.images, scores, detector, alpha=bench.config.alpha, independent=independent)
     verdict, reason = said.verdict, said.reason
-    covered = coverage(bench.images)
-    if verdict == "no_evidence" and covered < min_coverage:
-        verdict = "inconclusive"
-        reason = (
-            f"{covered:.1%} of the images could be read, less than the {min_coverage:.1%} asked for; repair them, "
-            "or lower --min-coverage"
-        )
+    if verdict == "no_evidence":
+        verdict, reason = by_coverage(bench.images, min_coverage)
     summary = _summary(bench, detector, said, verdict, reason, independent, started)
     result = ScanResult(verdict, said.findings, (), _evidence(bench.images, scores), summary)
     return result, detector if bench.detector is None and independent else None
@@ -229,7 +224,6 @@ def _summary(
         "n_flagged": n_flagged,
         "triggers": [],
         "scope": {"tested": [said.tested], "not_tested": not_tested},
-        "rule": said.rule,
         "detector": {
             "threshold": calibration.threshold if independent else None,
             "false_positive_rate": calibration.false_positive_rate if independent else None,
@@ -254,6 +248,8 @@ def _summary(
         summary["precision"] = str(bench.encoder.precision).removeprefix("torch.")
     if bench.other is not None:
         summary["other_encoder"] = bench.other.name
+    if said.rule:
+        summary["rule"] = said.rule
     if reason:
         summary["reason"] = reason
     return summary

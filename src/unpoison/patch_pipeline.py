@@ -54,7 +54,7 @@ from unpoison.scan.poisoncam import MaskAttention
 from unpoison.scan.power import power_statement
 from unpoison.scan.search import Attention, Searcher, directed_scores, elect, vote
 
-__all__ = ["GLOBAL_TRIGGERS", "PatchBench", "coverage", "library_versions", "search_patches"]
+__all__ = ["GLOBAL_TRIGGERS", "PatchBench", "by_coverage", "coverage", "library_versions", "search_patches"]
 
 Cached = Callable[[str, Callable[[], Candidates]], Candidates]
 
@@ -179,13 +179,18 @@ def _judge(
                 f"but its shuffled pixels move {said.control_rate:.0%} too: the encoder obeys a colour, planted or "
                 "natural; look at these images in the report"
             )
+    return by_coverage(images, min_coverage)
+
+
+def by_coverage(images: ImageSet, min_coverage: float) -> tuple[Verdict, str]:
+    """The verdict where nothing was found, and its reason: enough of the images must have been read."""
     covered = coverage(images)
-    if covered < min_coverage:
-        return "inconclusive", (
-            f"{covered:.1%} of the images could be read, less than the {min_coverage:.1%} asked for; repair them, "
-            "or lower --min-coverage"
-        )
-    return "no_evidence", ""
+    if covered >= min_coverage:
+        return "no_evidence", ""
+    return "inconclusive", (
+        f"{covered:.1%} of the images could be read, less than the {min_coverage:.1%} asked for; repair them, "
+        "or lower --min-coverage"
+    )
 
 
 def coverage(images: ImageSet) -> float:

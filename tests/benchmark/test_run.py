@@ -19,12 +19,13 @@ from safetensors import safe_open
 
 from unpoison.benchmark import cells
 from unpoison.benchmark.cells import Bench
-from unpoison.benchmark.run import expected_passes, plan_benchmark, run_benchmark
+from unpoison.benchmark.run import plan_benchmark, run_benchmark
 from unpoison.benchmark.task import Cell, Task, read_task
 from unpoison.encoders.checkpoints import load_encoder
 from unpoison.errors import ConfigError, DataError
 from unpoison.report.schemas import SCHEMAS
 from unpoison.scan.config import ScanConfig
+from unpoison.scan.cost import expected_cost
 
 SAME = ("results.md", "results.html", "results.parquet", "plots/1.svg")
 
@@ -346,8 +347,16 @@ def read_notes(path: Path) -> dict:
         return {key: json.loads(value) for key, value in file.metadata().items()}
 
 
-def test_expected_passes_agree_with_the_documented_table():
-    assert expected_passes(ScanConfig(), 5000, 32) == pytest.approx(0.25e6, rel=0.02)
-    assert expected_passes(ScanConfig(faithful=True), 100_000, 224) == pytest.approx(10.2e6, rel=0.02)
-    gradcam = ScanConfig(method="patchsearch", faithful=True)
-    assert expected_passes(gradcam, 126_689, 224) == pytest.approx(8.2e6, rel=0.02)
+def test_a_plan_counts_a_scan_as_its_dry_run_does(tiny, tmp_path):
+    """One cost model: a table of docs/methods.md, and what `scan --dry-run` says."""
+    for config, n_images, side, documented in (
+        (ScanConfig(), 5000, 32, 0.28e6),
+        (ScanConfig(faithful=True), 100_000, 224, 10.2e6),
+        (ScanConfig(method="patchsearch", faithful=True), 126_689, 224, 8.2e6),
+    ):
+        expected = expected_cost(config.resolve(n_images, side), n_images, side).expected
+        assert expected == pytest.approx(documented, rel=0.02)
+    task = tiny()
+    scanned = next(entry for entry in plan_benchmark(task, tmp_path) if entry.cell.defence == "PoisonCAM")
+    config = task.axes["defence"]["PoisonCAM"].config.scan.resolve(60, 16)
+    assert scanned.passes >= expected_cost(config, 60, 16).expected > 60

@@ -16,11 +16,10 @@ from unpoison.benchmark.tables import as_json, make_tables
 from unpoison.benchmark.task import Cell, DefenceConfig, Task
 from unpoison.data.export import atomic_file, write_json_atomically
 from unpoison.errors import ConfigError, UnpoisonError
-from unpoison.functional.windows import grid_masks
 from unpoison.runtime import Progress, silent
-from unpoison.scan.config import ScanConfig
+from unpoison.scan.cost import expected_cost
 
-__all__ = ["PlannedCell", "expected_passes", "plan_benchmark", "run_benchmark"]
+__all__ = ["PlannedCell", "plan_benchmark", "run_benchmark"]
 
 _MARK = "unpoison_benchmark"
 Say = Callable[[str], None]
@@ -155,47 +154,13 @@ def plan_benchmark(task: Task, out: str | Path, *, store: str | Path | None = No
                 training += shown
         passes = 0
         if defence.kind == "scan":
-            passes += expected_passes(defence.scan, n_images, task.axes["data"][cell.data].config.size)
+            size = task.axes["data"][cell.data].config.size
+            passes += expected_cost(defence.scan.resolve(n_images, size), n_images, size).expected
         if task.evaluate.encoders and defence.measures_encoder:
             n_triggers = len(bench.attack(cell).triggers)
             passes += int(task.evaluate.labelled * n_images) + n_test * (1 + n_triggers)
         planned.append(PlannedCell(cell, done, training, 0 if done else passes))
     return planned
-
-
-def expected_passes(config: ScanConfig, n_images: int, image_size: int) -> int:
-    """About how many images a scan shows the encoder: one trigger found, every cluster large enough.
-
-    The formula is explained in docs/methods.md.
-    """
-    config = config.resolve(n_images, image_size)
-    assert config.clusters and config.window and config.n_flips, "the config is resolved"
-    scored, left = 0, config.clusters
-    while True:
-        scored += config.samples * left
-        dropped = int(config.prune * left)
-        if not dropped:
-            break
-        left -= dropped
-    scored = min(scored, n_images)
-    masks = config.n_masks
-    if config.attention == "gradcam":
-        masks = 3
-    elif config.masks == "grid":
-        masks = len(grid_masks(image_size, config.window, max(1, config.window // 2)))
-    flips, held_out = config.n_flips, min(1000, n_images // 4)
-    if config.faithful:
-        return (
-            n_images
-            + flips
-            + scored * (1 + masks + config.patches * flips)
-            + 64 * flips
-            + 2 * held_out
-            + 24 * (1 + masks)
-        )
-    explore = scored * (1 + masks + 2 * config.patches * flips)
-    refine = (64 + min(config.exploit, n_images)) * (masks + 2 * flips)
-    return n_images + flips + explore + refine + 128 * flips + 2 * held_out + 24 * masks
 
 
 def _find_data(bench: Bench) -> None:

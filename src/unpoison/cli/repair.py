@@ -268,7 +268,7 @@ def distill(
     from unpoison.data.load import load_images
     from unpoison.data.sources import open_source
     from unpoison.encoders.checkpoints import load_encoder, read_training, save_encoder
-    from unpoison.repair.distillation import DistillConfig
+    from unpoison.repair.distillation import DistillConfig, trusted_part
     from unpoison.repair.distillation import distill as train_student
     from unpoison.repair.retraining import training_state
 
@@ -298,7 +298,7 @@ def distill(
             source, teacher.preprocessing.geometry, workers=workers, seed=seed, progress=progress
         )
         student = train_student(teacher, pixels, config, seed=seed, checkpoint=state, progress=progress)
-        used = max(2, round(share * len(pixels)))
+        used = len(trusted_part(pixels, config.share, seed))
         origin = {"teacher": teacher.name, "weights": teacher.fingerprint, "n_images": used}
         save_encoder(student, out, distilled=origin)
     summary = {

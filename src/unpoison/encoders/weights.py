@@ -304,12 +304,12 @@ def few(names: list[str]) -> str:
     return ", ".join(printable(name) for name in names[:3]) + (", …" if len(names) > 3 else "")
 
 
-def printable(name: str) -> str:
-    """A name that a stranger chose, short and without control characters."""
-    return "".join(c if c.isprintable() else "?" for c in name[:80])
+def printable(text: str, most: int = 80) -> str:
+    """What a stranger wrote, such as a name, cut to so many characters and without control characters."""
+    return "".join(c if c.isprintable() else "?" for c in text[:most])
 
 
 def first_line(error: BaseException) -> str:
     """First line of a library's message, cut to a readable length."""
     lines = str(error).strip().splitlines()
-    return printable(lines[0][:160]) if lines else type(error).__name__
+    return printable(lines[0], 160) if lines else type(error).__name__

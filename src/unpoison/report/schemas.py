@@ -101,7 +101,10 @@ _VERDICT = _object(
                 }
             ),
         },
-        "rule": _said("string", "What the p-value of a detector compares; absent for a patch search."),
+        "rule": _said(
+            "string",
+            "What the p-value of a detector compares; absent for a patch search, and without a p-value.",
+        ),
         "detector": _said("object", "Threshold, calibration and settings of a detector; absent otherwise."),
         "reason": _said("string", "Why the verdict is inconclusive; absent otherwise."),
         "location": _said("string", "Where the images came from."),
