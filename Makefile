@@ -5,6 +5,8 @@
 
 PYTHON ?= python3
 CONSTRAINTS ?= -c constraints.txt
+# A process per core; PYTEST_ARGS= gives one process and its plainer output.
+PYTEST_ARGS ?= -n auto --dist worksteal
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
