@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from unpoison.audit_pipeline import audit, load_audit
 from unpoison.errors import ConfigError, DataError, NoVerdictError
 from unpoison.records import Box
 from unpoison.report.schemas import SCHEMAS
+from unpoison.runtime import silent
 
 QUICK = DecreeConfig(steps=120, restarts=1, batch_size=24)
 IMAGES = clean_images()
@@ -112,6 +114,68 @@ def test_a_killed_run_goes_on_after_its_last_start(tmp_path):
     audit(toy(), IMAGES, config=QUICK, out=tmp_path / "run", fresh=True)
 
 
+def by_passes(monkeypatch, encoder):
+    """A clock that goes on by a second per thousand images that the encoder is shown."""
+    clock = SimpleNamespace(perf_counter=lambda: encoder.images_shown / 1000)
+    monkeypatch.setattr("unpoison.audit_pipeline.time", clock)
+    monkeypatch.setattr("unpoison.runs.time", clock)
+    return encoder
+
+
+LOOKED = (64 + 48 + 16 + 3 * 49 * 8 * 13) / 1000  # seconds of that clock until the first start
+STEP = 3 * 24 / 1000
+
+
+def test_the_time_is_kept_and_what_that_costs_is_said(monkeypatch, tmp_path):
+    config, reference = replace(QUICK, steps=20, restarts=2), tmp_path / "reference.json"
+    for number in range(4):
+        audit(toy(0.1 * number, fingerprint=f"clean-{number}"), IMAGES, config=config, add_to=reference)
+    common = {"config": config, "reference": reference, "alpha": 0.2}
+    encoder = by_passes(monkeypatch, toy())
+    # Enough for half of either start, which is enough to find the square: a clean encoder needs more mask.
+    said = audit(encoder, IMAGES, max_seconds=LOOKED + 20 * STEP, **common)
+    assert [start["steps"] for start in said.summary["starts"]] == [pytest.approx(10, abs=1)] * 2
+    assert said.summary["cut_short"] and said.summary["max_seconds"] == LOOKED + 20 * STEP
+    assert fits(said.summary, SCHEMAS["audit"]) and said.verdict == "poisoned"
+    # No mask is small where nothing obeys a patch; but a longer search might have found one.
+    clean = by_passes(monkeypatch, toy(0.0, fingerprint="another"))
+    said = audit(clean, IMAGES, max_seconds=LOOKED + 4 * STEP, **common)
+    assert said.verdict == "inconclusive" and "the time was over before the search" in said.summary["reason"]
+    assert said.summary["relaxed"] is None
+    clean = by_passes(monkeypatch, toy(0.0, fingerprint="another"))
+    said = audit(clean, IMAGES, max_seconds=1e6, **common)
+    assert said.verdict == "no_evidence" and not said.summary["cut_short"]
+
+
+def test_a_run_with_a_time_limit_goes_on_as_it_would_have(monkeypatch, tmp_path):
+    config, seconds = replace(QUICK, steps=20, restarts=2), LOOKED + 30 * STEP
+    whole = audit(by_passes(monkeypatch, toy()), IMAGES, config=config, max_seconds=seconds)
+
+    def stop(stage, done, total):
+        if stage.startswith("start 2"):
+            raise KeyboardInterrupt
+
+    for progress in (stop, silent):
+        encoder = by_passes(monkeypatch, toy())
+        try:
+            resumed = audit(
+                encoder, IMAGES, config=config, max_seconds=seconds, out=tmp_path / "run", progress=progress
+            )
+        except KeyboardInterrupt:
+            continue
+    assert resumed.summary["starts"] == whole.summary["starts"]
+    assert [start["steps"] for start in whole.summary["starts"]] == [pytest.approx(15, abs=1)] * 2
+
+
+def test_too_little_time_is_said_and_leaves_no_run(monkeypatch, tmp_path):
+    encoder = by_passes(monkeypatch, toy())
+    with pytest.raises(
+        NoVerdictError, match=r"max_seconds=1: all of it went by before the first start; raise it"
+    ):
+        audit(encoder, IMAGES, config=QUICK, max_seconds=1, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_generated_images_serve_where_there_are_none():
     result = audit(toy(), config=replace(QUICK, steps=5), sample=40)
     assert result.summary["location"] == "generated images" and result.summary["n_images"] == 40
@@ -137,6 +201,9 @@ def test_a_collapse_out_of_reach_leads_to_the_relaxed_search():
             ConfigError,
             "second_opinion contradicts faithful",
         ),
+        ({"max_seconds": 0}, ConfigError, "max_seconds=0: expected a positive number of seconds"),
+        ({"max_seconds": 9, "second_opinion": True}, ConfigError, "second_opinion contradicts max_seconds"),
+        ({"max_seconds": 9, "add_to": "clean.json"}, ConfigError, "max_seconds contradicts add_to"),
         ({"sample": 20}, NoVerdictError, "20 readable images: an audit needs at least 32"),
         (
             {"reference": "nowhere.json"},

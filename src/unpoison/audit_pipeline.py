@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import math
 import platform
+import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,7 @@ def audit(
     add_to: str | Path | None = None,
     alpha: float = 0.05,
     second_opinion: bool = False,
+    max_seconds: float | None = None,
     preprocessing: Preprocessing | None = None,
     sample: int = SHADOW_IMAGES,
     seed: int = 0,
@@ -104,6 +107,8 @@ def audit(
         add_to: reference file to which this encoder, known to be clean, is added.
         alpha: allowed share of clean encoders that are called backdoored.
         second_opinion: ask SSL-Cleanse, too; may cost more than the search itself, and the verdict ignores it.
+        max_seconds: end the search by then, with what it has found; what is found late may then be missed, and the
+            verdict is `inconclusive` where it would have been `no_evidence`.
         preprocessing: of a module.
         sample: images used at most; which ones does not depend on the seed.
         seed: every draw of the run depends on it alone.
@@ -130,6 +135,8 @@ def audit(
         raise ConfigError(
             "second_opinion contradicts faithful: it starts at windows, which DECREE has not; drop one"
         )
+    if max_seconds is not None:
+        _check_time(max_seconds, second_opinion=second_opinion, add_to=add_to)
     tables = read_reference(SHIPPED_REFERENCE)
     if reference is not None:
         tables += read_reference(reference)
@@ -162,17 +169,34 @@ def audit(
         "images": conditions.shadow,
         "config": asdict(config),
         "second_opinion": second_opinion,
+        "max_seconds": max_seconds,
         "seed": seed,
     }
     folder = None if out is None else RunFolder(Path(out), settings, fresh=fresh)
     run: Stages = folder or MemoryRun()
     try:
-        searched = _search(suspect, shadow, config, run, seed, progress, second_opinion=second_opinion)
+        searched = _search(
+            suspect,
+            shadow,
+            config,
+            run,
+            seed,
+            progress,
+            second_opinion=second_opinion,
+            max_seconds=max_seconds,
+        )
     except NoVerdictError:
         if folder is not None:
             folder.forget()
         raise
     said = judge(searched.mask_share, conditions, tables, alpha=alpha, fingerprint=suspect.fingerprint)
+    if searched.cut_short and said.verdict == "no_evidence":
+        said = replace(
+            said,
+            verdict="inconclusive",
+            reason=f"the time was over before the search ({max_seconds:g} s): with more, the mask might have become "
+            "as small as a backdoor's; raise --max-seconds",
+        )
     if add_to is not None:
         add_to_reference(add_to, conditions, suspect.fingerprint, searched.mask_share)
     summary = {
@@ -185,6 +209,8 @@ def audit(
         "n_searched": searched.n_searched,
         "n_held_out": len(searched.held),
         "n_skipped": len(shadow.skipped),
+        "max_seconds": max_seconds,
+        "cut_short": searched.cut_short,
         "encoder": suspect.name,
         "encoder_fingerprint": suspect.fingerprint,
         "preprocessing_assumed": suspect.preprocessing.assumed,
@@ -263,6 +289,7 @@ class _Searched:
         before, after: mean cosine of the held-out images without and with it.
         n_searched: images that it was searched on.
         held: (M, 3, S, S) uint8, the others.
+        cut_short: whether the time was over before every start had its steps.
         needed: what SSL-Cleanse says; None when faithful to DECREE alone.
     """
 
@@ -273,6 +300,7 @@ class _Searched:
     after: float
     n_searched: int
     held: Tensor
+    cut_short: bool
     needed: Needed | None
 
     @property
@@ -291,6 +319,7 @@ def _search(
     progress: Progress,
     *,
     second_opinion: bool,
+    max_seconds: float | None,
 ) -> _Searched:
     """From images to the smallest mask."""
     searched, held = hold_out(shadow, stage_generator(seed, "audit/hold out"))
@@ -308,11 +337,20 @@ def _search(
 
     clean = run.stage("clean", own, passes=passes)
 
+    def left() -> float:
+        # By the stages' own clocks: a run that was stopped decides the same when it goes on.
+        return math.inf if max_seconds is None else max_seconds - sum(run.seconds.values())
+
     windows = None if config.faithful else _scout(encoder, searched, config, run, seed, progress)
     places = [None] if windows is None else windows.best(config.restarts)
+    if left() <= 0:
+        raise NoVerdictError(
+            f"max_seconds={max_seconds:g}: all of it went by before the first start; raise it, or lower --sample"
+        )
 
     def start(name: str, number: int, gain: float) -> Inversion:
         place = places[number]
+        until = time.perf_counter() + left() / (len(places) - number)
 
         def compute() -> dict[str, Tensor]:
             found = invert(
@@ -323,6 +361,7 @@ def _search(
                 generator=stage_generator(seed, f"audit/{name}-{number}"),
                 gain=gain,
                 start=None if windows is None or place is None else (windows, place),
+                time_is_over=lambda: time.perf_counter() >= until,
                 stage=f"{name} {number + 1} of {len(places)}",
                 progress=progress,
             )
@@ -330,18 +369,42 @@ def _search(
 
         return _as_inversion(run.stage(f"{name}-{number}", compute, passes=passes))
 
-    tried = tuple(start("start", number, config.gain) for number in range(len(places)))
+    def starts(name: str, gain: float) -> tuple[Inversion, ...]:
+        """One per place; those that an end of the time leaves no step for are left out."""
+        return tuple(start(name, number, gain) for number in range(len(places)) if left() > 0)
+
+    tried = starts("start", config.gain)
+    cut_short = len(tried) < len(places) or any(one.cut_short for one in tried)
     found, relaxed = _best(tried), None
-    if not found.reached and not config.faithful:
-        relaxed = _best(tuple(start("relaxed", number, config.relaxed_gain) for number in range(len(places))))
+    if not found.reached and not config.faithful and (looked := starts("relaxed", config.relaxed_gain)):
+        relaxed = _best(looked)
         found = relaxed if relaxed.reached else found
     after = run.stage("measure", lambda: measure(found.mask, found.pattern), passes=passes)
     needed = None
     if second_opinion and windows is not None:
         needed = _cleanse(encoder, searched, windows, run, seed, progress)
     return _Searched(
-        tried, relaxed, found, float(clean["collapse"]), float(after["collapse"]), len(searched), held, needed
+        tried=tried,
+        relaxed=relaxed,
+        found=found,
+        before=float(clean["collapse"]),
+        after=float(after["collapse"]),
+        n_searched=len(searched),
+        held=held,
+        cut_short=cut_short,
+        needed=needed,
     )
+
+
+def _check_time(max_seconds: float, *, second_opinion: bool, add_to: str | Path | None) -> None:
+    if not 0 < max_seconds < math.inf:
+        raise ConfigError(f"max_seconds={max_seconds}: expected a positive number of seconds")
+    if second_opinion:
+        raise ConfigError("second_opinion contradicts max_seconds: it cannot be cut short; drop one")
+    if add_to is not None:
+        raise ConfigError(
+            "max_seconds contradicts add_to: the figure of a search that was cut short is no reference; drop one"
+        )
 
 
 def _scout(
@@ -450,13 +513,17 @@ def _scope(generated: bool) -> dict[str, list[str]]:
 
 
 def _as_tensors(found: Inversion) -> dict[str, Tensor]:
-    figures = torch.tensor([found.mask_share, found.collapse, float(found.reached)], dtype=torch.float64)
+    figures = torch.tensor(
+        [found.mask_share, found.collapse, float(found.reached), float(found.cut_short)], dtype=torch.float64
+    )
     return {"mask": found.mask, "pattern": found.pattern, "curve": found.curve, "figures": figures}
 
 
 def _as_inversion(tensors: dict[str, Tensor]) -> Inversion:
-    share, collapse, reached = tensors["figures"].tolist()
-    return Inversion(tensors["mask"], tensors["pattern"], share, collapse, bool(reached), tensors["curve"])
+    share, collapse, reached, cut_short = tensors["figures"].tolist()
+    return Inversion(
+        tensors["mask"], tensors["pattern"], share, collapse, bool(reached), tensors["curve"], bool(cut_short)
+    )
 
 
 def _save(folder: Path, result: AuditResult) -> None:

@@ -76,6 +76,11 @@ def test_a_reference_is_collected_and_used(run, encoder, tmp_path):
         (["--steps", "0"], 2, "steps=0: expected at least 1"),
         (["--images", "nowhere"], 2, "nowhere: no such file or folder; expected images"),
         (["--reference", "nowhere.json"], 2, "no such file; expected one that --add-to-reference wrote"),
+        (
+            ["--max-seconds", "0.001"],
+            4,
+            "max_seconds=0.001: all of it went by before the first start; raise it",
+        ),
         (["--sample", "8"], 4, "8 readable images: an audit needs at least 32"),
     ],
 )

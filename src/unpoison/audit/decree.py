@@ -58,6 +58,13 @@ _INSIDE, _OUTSIDE = 1.1, -2.0  # where a start's mask is 0.9, and 0.02
 Goal = Callable[[Tensor], tuple[Tensor, bool]]
 """From unit features (N, D) of stamped images to a value that must rise, and whether it is high enough."""
 
+TimeIsOver = Callable[[], bool]
+"""Asked after every step; a search ends at the first yes, with what it has found by then."""
+
+
+def _never() -> bool:
+    return False
+
 
 @dataclass(frozen=True, kw_only=True)
 class DecreeConfig:
@@ -117,6 +124,7 @@ class Inversion:
         collapse: mean pairwise cosine of the batch that the mask was found on.
         reached: whether the wanted collapse was ever reached. If not, mask and pattern are those of the largest one.
         curve: (steps, 3) float32: collapse, mask share, weight of the mask in the loss.
+        cut_short: whether the time was over before the search was, so that the mask might have become smaller.
     """
 
     mask: Tensor
@@ -125,6 +133,7 @@ class Inversion:
     collapse: float
     reached: bool
     curve: Tensor
+    cut_short: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,6 +224,7 @@ def invert(
     generator: torch.Generator,
     gain: float | None = None,
     start: tuple[Windows, int] | None = None,
+    time_is_over: TimeIsOver = _never,
     stage: str = "invert",
     progress: Progress = silent,
 ) -> Inversion:
@@ -228,6 +238,7 @@ def invert(
         generator: on the CPU; the only source of randomness.
         gain: instead of `config.gain`.
         start: windows and the number of the one to begin at; None begins at a random mask, as published.
+        time_is_over: see `TimeIsOver`.
         stage: what `progress` calls this.
         progress: told (stage, step, most steps).
 
@@ -254,15 +265,13 @@ def invert(
             config,
             generator=generator,
             start=start,
+            time_is_over=time_is_over,
             stage=stage,
             progress=progress,
         )
     search = _Search(encoder, images, collapsed_as_published, generator, None)
     total = _schedule(images.shape[-1]).most_steps(len(images))
-    for step in _as_published(search):
-        progress(stage, step, total)
-    progress(stage, total, total)
-    return search.found()
+    return search.run(_as_published(search), total, time_is_over, stage, progress)
 
 
 def smallest_trigger(
@@ -273,6 +282,7 @@ def smallest_trigger(
     *,
     generator: torch.Generator,
     start: tuple[Windows, int] | None,
+    time_is_over: TimeIsOver = _never,
     stage: str,
     progress: Progress = silent,
 ) -> Inversion:
@@ -285,14 +295,12 @@ def smallest_trigger(
         config: steps, patience, batch and learning rate.
         generator: see `invert`.
         start: see `invert`.
+        time_is_over: see `TimeIsOver`.
         stage: see `invert`.
         progress: see `invert`.
     """
     search = _Search(encoder, images, goal, generator, start)
-    for step in _mended(search, config):
-        progress(stage, step, config.steps)
-    progress(stage, config.steps, config.steps)
-    return search.found()
+    return search.run(_mended(search, config), config.steps, time_is_over, stage, progress)
 
 
 def own_collapse(encoder: Encoder, images: Tensor, *, batch_size: int = 256) -> float:
@@ -415,7 +423,20 @@ class _Search:
         self.parameters = [self.mask_logits, self.pattern_logits]
         self.reached = False
         self.best: tuple[Tensor, Tensor, float, float] | None = None  # mask, pattern, share, collapse
+        self.cut_short = False
         self.curve: list[tuple[float, float, float]] = []
+
+    def run(
+        self, steps: Iterator[int], total: int, time_is_over: TimeIsOver, stage: str, progress: Progress
+    ) -> Inversion:
+        """Follow a schedule to its end, or to that of the time; what was found."""
+        for step in steps:
+            progress(stage, step, total)
+            if step < total and time_is_over():
+                self.cut_short = True
+                break
+        progress(stage, total, total)
+        return self.found()
 
     def step(self, optimiser: torch.optim.Optimizer, batch: Tensor, weight: float) -> bool:
         """One step on a batch, with the weight of the mean of the mask; whether the goal was reached."""
@@ -456,7 +477,13 @@ class _Search:
         assert self.best is not None, "every schedule has a step"
         mask, pattern, share, collapse = self.best
         return Inversion(
-            mask.float().cpu(), pattern.float().cpu(), share, collapse, self.reached, torch.tensor(self.curve)
+            mask.float().cpu(),
+            pattern.float().cpu(),
+            share,
+            collapse,
+            self.reached,
+            torch.tensor(self.curve),
+            self.cut_short,
         )
 
 

@@ -76,6 +76,14 @@ def audit(
             help="Ask SSL-Cleanse, too; takes longer, and changes no verdict.",
         ),
     ] = False,
+    max_seconds: Annotated[
+        float | None,
+        typer.Option(
+            metavar="S",
+            help="End the search by then; a backdoor that is found late may be missed, and the verdict says so.",
+            show_default=False,
+        ),
+    ] = None,
     exit_zero: Annotated[
         bool, typer.Option("--exit-zero", help="Return 0 also when the encoder is backdoored.")
     ] = False,
@@ -146,6 +154,7 @@ def audit(
             add_to=add_to_reference,
             alpha=alpha,
             second_opinion=second_opinion,
+            max_seconds=max_seconds,
             sample=sample,
             seed=seed,
             workers=workers,

@@ -355,6 +355,8 @@ _AUDIT = _object(
         "n_searched": _count("Images that the trigger was searched on."),
         "n_held_out": _count("Images that collapse_before and collapse_after were measured on."),
         "n_skipped": _count("Could not be read."),
+        "max_seconds": _said(["number", "null"], "Allowed to the search; null without a limit."),
+        "cut_short": _said("boolean", "Whether that time was over before the search was."),
         "encoder_passes": _count("Images that the encoder was shown; a backward pass counts as two."),
         "seconds": _said("number", "Of all stages.", minimum=0),
         "config": _said("object", "Settings."),
