@@ -122,13 +122,16 @@ def _crop_and_flip(images: Tensor, config: ViewConfig, generator: torch.Generato
     ratio = torch.exp(_uniform(n, math.log(3 / 4), math.log(4 / 3), generator))
     width = (area * ratio).sqrt().clamp(max=1)
     height = (area / ratio).sqrt().clamp(max=1)
-    theta = torch.zeros(n, 2, 3)
-    theta[:, 0, 2] = _uniform(n, -1, 1, generator) * (1 - width)
-    theta[:, 1, 2] = _uniform(n, -1, 1, generator) * (1 - height)
-    mirrored = torch.rand(n, generator=generator) < 0.5
-    theta[:, 0, 0] = torch.where(mirrored & torch.tensor(config.flip), -width, width)
-    theta[:, 1, 1] = height
-    grid = F.affine_grid(theta.to(images.device), list(images.shape), align_corners=False)
+    x = _uniform(n, -1, 1, generator) * (1 - width)
+    y = _uniform(n, -1, 1, generator) * (1 - height)
+    mirrored = (torch.rand(n, generator=generator) < 0.5) & torch.tensor(config.flip)
+    # Not by affine_grid, whose matrix product takes as long as the sampling: nothing is rotated.
+    size = images.shape[-1]
+    centres = (2 * torch.arange(size) + 1) / size - 1
+    grid = torch.empty(n, size, size, 2)
+    grid[..., 0] = torch.addcmul(x[:, None], torch.where(mirrored, -width, width)[:, None], centres)[:, None]
+    grid[..., 1] = torch.addcmul(y[:, None], height[:, None], centres)[:, :, None]
+    grid = grid.to(images.device)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
