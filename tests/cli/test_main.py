@@ -40,7 +40,7 @@ def test_every_command_takes_the_options_of_all():
     assert {"scan", "ctrl", "clip", "distill"} <= {name for name, _ in commands}
     for name, command in commands:
         options = {option for parameter in command.params for option in parameter.opts}
-        assert {"--seed", "--device", "--json", "--quiet"} <= options, name
+        assert {"--seed", "--device", "--json", "--quiet", "--config", "--offline"} <= options, name
 
 
 def test_help_lists_the_verbs_and_the_exit_codes(run):

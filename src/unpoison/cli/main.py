@@ -18,6 +18,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import unpoison
+from unpoison.cli.every_verb import add_options
 from unpoison.cli.screen import complain, printable
 from unpoison.errors import UnpoisonError
 
@@ -62,6 +63,7 @@ class _Verbs(TyperGroup):
         command.name = cmd_name
         for each in (command, *getattr(command, "commands", {}).values()):
             each.help = _flowing(each.help or "")
+        add_options(command)
         return command
 
     def format_help(self, ctx: typer.Context, formatter: Any) -> None:  # type: ignore[override]
