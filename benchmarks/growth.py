@@ -10,6 +10,7 @@ Passes for up to a million images come from the model of scan/cost.py, which the
     python benchmarks/growth.py --threads 1 [--cases scan]
 """
 
+import importlib.util
 import sys
 import time
 from dataclasses import asdict
@@ -23,7 +24,7 @@ from cost import first_images
 from torch.nn import functional as F
 
 from unpoison.attack.ssl_backdoor import poison
-from unpoison.functional.clustering import kmeans
+from unpoison.functional.clustering import kmeans, similarity
 from unpoison.runtime import stage_generator
 from unpoison.scan.config import ScanConfig
 from unpoison.scan.cost import expected_cost
@@ -33,6 +34,7 @@ SIZES = (2_000, 5_000, 10_000, 20_000, 50_000)
 SIMULATED = (100_000, 300_000, 1_000_000)
 TRAINED_ON = 10_000
 FEATURES = 64
+ITERATIONS = 25  # what a scan allows k-means
 CASE = common.Case(
     name="scan",
     data=common.Data(folder="cifar10", size=32, classes=10, train=5000, test=1),
@@ -81,12 +83,32 @@ def clustered(size, seed):
     values = F.normalize(centres[own] + 0.1 * torch.randn(size, FEATURES, generator=generator), dim=1)
     clusters = ScanConfig().resolve(size, CASE.data.size).clusters
     wall, processor = time.perf_counter(), time.process_time()
-    kmeans(values, clusters, generator=generator)
-    return {
+    found = kmeans(values, clusters, generator=generator)
+    row = {
         "n_images": size,
         "clusters": clusters,
         "wall_seconds": time.perf_counter() - wall,
         "cpu_seconds": time.process_time() - processor,
+        "mean_cosine": float(similarity(values, found.centroids).amax(dim=1).mean()),
+    }
+    return {**row, **clustered_by_faiss(values, clusters, seed)}
+
+
+def clustered_by_faiss(values, clusters, seed):
+    """The same by faiss, all points and as many iterations; nothing where it is not installed."""
+    if importlib.util.find_spec("faiss") is None:
+        return {}
+    import faiss
+
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    settings = {"niter": ITERATIONS, "spherical": True, "max_points_per_centroid": len(values), "seed": seed}
+    wall, processor = time.perf_counter(), time.process_time()
+    other = faiss.Kmeans(FEATURES, clusters, **settings)
+    other.train(values.numpy())
+    return {
+        "faiss_wall_seconds": time.perf_counter() - wall,
+        "faiss_cpu_seconds": time.process_time() - processor,
+        "faiss_mean_cosine": float(similarity(values, torch.from_numpy(other.centroids)).amax(dim=1).mean()),
     }
 
 
@@ -141,6 +163,7 @@ def table(results):
     ]
     for size in SIMULATED:
         timed = [row for row in features if row["n_images"] == size]
+        faiss = [row["faiss_cpu_seconds"] for row in timed if "faiss_cpu_seconds" in row]
         lines.append(
             [
                 f"{size}, expected",
@@ -149,7 +172,8 @@ def table(results):
                 f"({expected(size)})",
                 f"{expected(size) / size:.1f}",
                 "",
-                common.spread((row["cpu_seconds"] for row in timed), digits=1),
+                common.spread((row["cpu_seconds"] for row in timed), digits=1)
+                + (f" (faiss {common.spread(faiss, digits=1)})" if faiss else ""),
                 *[""] * 4,
             ]
         )

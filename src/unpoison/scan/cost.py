@@ -156,10 +156,9 @@ def expected_cost(
         stages=tuple(stages),
         classifier_trained=networks * classifier.iterations * classifier.batch_size,
         classifier_judged=networks * n_images,
-        # Pixels may be a memory map, but are all read; features twice, while they are made unit length; the similarity
-        # to all centroids in k-means; a batch as bytes and as floats.
-        memory=n_images * (side + 8 * features + 4 * config.clusters)
-        + per_chunk * (5 * side + 4 * features + 4 * config.clusters),
+        # Pixels may be a memory map, but are all read; features twice, while they are made unit length; a batch as
+        # bytes and as floats.
+        memory=n_images * (side + 8 * features) + per_chunk * (5 * side + 4 * features + 4 * config.clusters),
         disk=n_images * side,
     )
 
