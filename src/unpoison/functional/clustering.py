@@ -99,7 +99,7 @@ def _nearest(features: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
 
     By blocks that stay in the processor's cache: all cosines at once would take N · K · 4 bytes, and more time.
     """
-    found = [similarity(block, centroids).max(dim=1) for block in features.split(_BLOCK)]
+    found = [similarity(block, centroids).max(dim=1) for block in torch.split(features, _BLOCK)]
     return torch.cat([one.values for one in found]), torch.cat([one.indices for one in found])
 
 
