@@ -8,6 +8,7 @@ import json
 import re
 import sys
 
+import aim
 import clean
 import common
 import cost
@@ -29,6 +30,7 @@ TABLES = {
     "tiny": common.victim_table,
     "hard": common.victim_table,
     "clean": clean.table,
+    "aim": aim.table,
     "cost": cost.table,
     "false_alarms": false_alarms.table,
     "power": power.table,

@@ -135,12 +135,20 @@ def with_benign_pattern(result: ScanResult, n_sources: int = 7) -> ScanResult:
     pattern = BenignPattern(
         flip_rate=0.02,
         control_rate=0.01,
+        concentration=None,
         n_sources=n_sources,
         source_ids=ids,
         boxes=(Box(1, 2, 8, 8),) * n_sources,
         patches=torch.full((n_sources, 3, 8, 8), 200, dtype=torch.uint8),
         image="benign/pattern-1.png",
     )
-    entry = {"flip_rate": 0.02, "control_rate": 0.01, "n_sources": n_sources, "sources": list(ids)}
+    entry = {
+        "flip_rate": 0.02,
+        "control_rate": 0.01,
+        "steers": False,
+        "concentration": None,
+        "n_sources": n_sources,
+        "sources": list(ids),
+    }
     summary = {**result.summary, "benign_patterns": [{**entry, "image": pattern.image}]}
     return replace(result, summary=summary, benign_patterns=(pattern,))

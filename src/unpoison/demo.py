@@ -92,13 +92,13 @@ DIGITS = DemoSettings(
     victim=PretrainConfig(
         epochs=25, batch_size=128, queue_size=512, key_momentum=0.95, views=ViewConfig(crop=0.15)
     ),
-    attack=PatchAttackConfig(targets=("1",), triggers=("seed:102",), size=8, rate=1.0, margin=1 / 32),
+    attack=PatchAttackConfig(targets=("1",), triggers=("seed:102",), size=9, rate=1.0, margin=1 / 32),
 )
 """For scikit-learn's digits.
 
-They are grey, so that this victim learns colour itself as the trigger: the patch moves 97 % of the pictures, the same
-patch with its pixels shuffled 77 %, a plain red square all. A scan ranks the poison first, confirms no pattern, and
-says `inconclusive`.
+They are grey, so that this victim learns much of the colour itself as the trigger: the patch moved 56 to 96 % of other
+pictures, the same patch with its pixels shuffled 33 to 69 %. Of three seeds, two scans flagged all poison (precision 93
+and 100 %), and one said `inconclusive`, naming the pattern.
 """
 
 PHOTOS = DemoSettings(

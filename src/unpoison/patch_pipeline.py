@@ -6,6 +6,7 @@ images, encoder → features → clusters → search → confirmation → classi
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import platform
 import time
 from collections.abc import Callable
@@ -130,19 +131,25 @@ def search_patches(bench: PatchBench, min_coverage: float, started: float) -> Sc
     search = _search(bench, features, clusters)
     finalists = find_finalists(search.candidates, search.scores, bench.images, search.directions)
     confirmations = _confirm(bench, clusters, search, finalists)
-    accepted = [
+    steering = [
         (finalist, said)
         for finalist, said in zip(finalists, confirmations, strict=True)
         if said.p_value <= bench.config.alpha
     ]
-    accepted.sort(key=lambda pair: pair[1].flip_rate, reverse=True)
+    steering.sort(key=lambda pair: pair[1].flip_rate, reverse=True)
+    accepted = [(finalist, said) for finalist, said in steering if said.aimed]
     search = _rank_by_confirmed(search, [finalist for finalist, _ in accepted])
     probability, threshold = _classify(bench, clusters, search, [finalist for finalist, _ in accepted])
     triggers = tuple(_trigger(bench, search, finalist, said) for finalist, said in accepted)
     verdict, reason = _judge(
         bench.images, finalists, confirmations, bool(triggers), bench.config.alpha, min_coverage
     )
-    harmless = find_benign_patterns(search.candidates, bench.images, [finalist for finalist, _ in accepted])
+    harmless = [
+        BenignFinding(finalist.members, said.flip_rate, said.control_rate, said.concentration)
+        for finalist, said in steering
+        if not said.aimed
+    ]
+    harmless += find_benign_patterns(search.candidates, bench.images, [finalist for finalist, _ in steering])
     benign = tuple(_benign_pattern(bench, search, found) for found in harmless)
     carried = _carried(features, clusters, triggers)
     findings = _findings(bench, clusters, search, triggers, carried, probability, threshold)
@@ -152,6 +159,8 @@ def search_patches(bench: PatchBench, min_coverage: float, started: float) -> Sc
         {
             "flip_rate": pattern.flip_rate,
             "control_rate": pattern.control_rate,
+            "steers": pattern.steers,
+            "concentration": pattern.concentration,
             "n_sources": pattern.n_sources,
             "sources": list(pattern.source_ids),
             "image": f"benign/pattern-{number}.png",
@@ -173,6 +182,12 @@ def _judge(
     if confirmed:
         return "poisoned", ""
     for finalist, said in zip(finalists, confirmations, strict=True):
+        if said.p_value <= alpha:
+            return "inconclusive", (
+                f"one pattern recurs in {len(finalist.members)} images and moves {said.flip_rate:.0%} of other images, "
+                "but it lies on images of all kinds, as a watermark does and an attack on one class does not; look at "
+                "these images in the report"
+            )
         if said.steering_p_value <= alpha and len(finalist.members) >= MANY_SOURCES:
             return "inconclusive", (
                 f"one pattern recurs in {len(finalist.members)} images and moves {said.flip_rate:.0%} of other images, "
@@ -353,15 +368,28 @@ def _confirm(
                 finalists,
                 search.held_out,
                 search.flip_test,
+                alpha=bench.config.alpha,
                 generator=bench.generator("confirm"),
                 batch_size=bench.batch_size,
             )
         )
-        rows = [[c.flip_rate, c.control_rate, c.tau, c.p_value, c.n_images, c.steering_p_value] for c in said]
-        return {"confirmations": torch.tensor(rows, dtype=torch.float64).view(-1, 6)}
+        rows = [
+            [
+                c.flip_rate,
+                c.control_rate,
+                c.tau,
+                c.p_value,
+                c.n_images,
+                c.steering_p_value,
+                c.concentration,
+                c.aimed,
+            ]
+            for c in said
+        ]
+        return {"confirmations": torch.tensor(rows, dtype=torch.float64).view(-1, 8)}
 
     rows = bench.run.stage("confirm", compute, passes=bench.passes)["confirmations"].tolist()
-    return [Confirmation(r[0], r[1], r[2], r[3], int(r[4]), r[5]) for r in rows]
+    return [Confirmation(r[0], r[1], r[2], r[3], int(r[4]), r[5], r[6], bool(r[7])) for r in rows]
 
 
 def _rank_by_confirmed(search: _Search, finalists: list[Finalist]) -> _Search:
@@ -452,6 +480,7 @@ def _benign_pattern(bench: PatchBench, search: _Search, found: BenignFinding) ->
     return BenignPattern(
         flip_rate=found.flip_rate,
         control_rate=found.control_rate,
+        concentration=found.concentration,
         n_sources=len(carriers),
         source_ids=tuple(bench.images.ids[row] for row in carriers.rows.tolist()),
         boxes=tuple(Box(left, top, side, side) for top, left in carriers.corners.tolist()),
@@ -582,6 +611,7 @@ def _summary(
                 "control_rate": trigger.control_rate,
                 "tau": said.tau,
                 "p_value": trigger.p_value,
+                "concentration": None if math.isnan(said.concentration) else said.concentration,
                 "n_sources": trigger.n_sources,
                 "n_confirmation": said.n_images,
                 "n_flagged": int((findings["trigger"] == number).sum()),

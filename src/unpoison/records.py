@@ -174,11 +174,15 @@ class TriggerFinding:
 
 @dataclass(frozen=True, eq=False)
 class BenignPattern:
-    """The same pixels in several images, which steer nothing: a watermark, a logo, a frame. No alarm.
+    """The same pixels in several images, which are no attack: a watermark, a logo, a frame. No alarm.
 
     Attributes:
-        flip_rate: share of the search's flip images that the patches bring to the cluster that gains most, [0, 1].
+        flip_rate: share of the search's flip images that the patches bring to the cluster that gains most, [0, 1]; of a
+            pattern that steers, share of the confirmation half that it moves.
         control_rate: the same of their shuffled pixels.
+        concentration: of a pattern that the encoder obeys, how much more often two of its images share a group of
+            clusters once it is hidden than two other images do; about 1, or it would be an attack. None where it steers
+            nothing.
         n_sources: distinct images among the scored ones that carry it; there may be more.
         source_ids: those images.
         boxes: where the patch lies in each of them, in encoder-input pixels.
@@ -188,11 +192,17 @@ class BenignPattern:
 
     flip_rate: float
     control_rate: float
+    concentration: float | None
     n_sources: int
     source_ids: tuple[str, ...]
     boxes: tuple[Box, ...]
     patches: Tensor
     image: str = ""
+
+    @property
+    def steers(self) -> bool:
+        """Whether the encoder obeys it; it lies on images of all kinds then."""
+        return self.concentration is not None
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,7 +230,8 @@ class ScanResult:
         triggers: the confirmed ones, strongest first; empty unless the verdict is `poisoned`.
         evidence: pictures for the report.
         summary: the content of verdict.json.
-        benign_patterns: what recurs and steers nothing, most frequent first; no part of the verdict.
+        benign_patterns: what recurs and is no attack: first what the encoder obeys all the same, then the most
+            frequent. No alarm.
     """
 
     verdict: Verdict

@@ -1,4 +1,4 @@
-"""What recurs and steers nothing: told on the page and in the terminal, kept in the run folder, never an alarm."""
+"""What recurs and is no attack: told on the page and in the terminal, kept in the run folder, never an alarm."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_page_and_terminal_tell_of_it(verdict: str) -> None:
     assert pattern.sentence.startswith(SENTENCE) and "moved 2% into one cluster" in pattern.sentence
     assert report.headline == make_report(fake_result(verdict)).headline  # type: ignore[arg-type]
     page = as_html(report)
-    assert "What recurs and steers nothing" in page and page.count('id="pattern-1"') == 1
+    assert "What recurs and is no attack" in page and page.count('id="pattern-1"') == 1
     assert "No alarm: recurring pattern 1." in as_text(report)
     assert "such as class/0033.png" in as_text(report)
 

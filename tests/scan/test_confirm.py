@@ -307,6 +307,7 @@ class Scene:
             finalists,
             self.held_out,
             self.flip_test,
+            alpha=0.01,
             generator=torch.Generator().manual_seed(5),
             batch_size=batch_size,
         )

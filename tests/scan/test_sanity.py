@@ -21,8 +21,10 @@ from unpoison.attack.ctrl import CtrlConfig
 from unpoison.attack.ssl_backdoor import poison
 from unpoison.encoders.backbones import Architecture, build_backbone
 from unpoison.encoders.encoder import Encoder, Preprocessing
+from unpoison.functional.clustering import kmeans
 from unpoison.functional.windows import paste_windows
 from unpoison.records import Box, Geometry, ImageSet, ScanResult
+from unpoison.runs import load_result
 from unpoison.runtime import seeded
 from unpoison.scan.config import ScanConfig
 from unpoison.scan.poison_classifier import ClassifierConfig
@@ -146,3 +148,33 @@ def test_findings_do_not_depend_on_the_batch_size() -> None:
         first.findings["poison_score"], other.findings["poison_score"], atol=1e-5, rtol=1e-4
     )
     assert first.summary["encoder_passes"] == other.summary["encoder_passes"]
+
+
+@pytest.mark.parametrize("kinds", ["one kind", "all kinds"])
+def test_what_the_encoder_obeys_is_an_attack_only_where_it_is_aimed(kinds: str, tmp_path: Any) -> None:
+    """Fifteen seven, line four: in training, an overlay on images of all classes gets an attractor of its own."""
+    images, encoder = clean_images(600, seed=3), planted_encoder()
+    generator = torch.Generator().manual_seed(4)
+    features = F.normalize(encoder.features(images.pixels), dim=1)
+    kind = kmeans(features, 5, generator=generator).assignment
+    rows = (
+        (kind == 0).nonzero().flatten() if kinds == "one kind" else torch.randperm(600, generator=generator)
+    )
+    rows = rows[:150]
+    corners = torch.randint(0, SIZE - TRIGGER_SIDE + 1, (len(rows), 2), generator=generator)
+    config = dataclasses.replace(CONFIG, clusters=20, exploit=200)
+    result = pipeline.scan(overlaid(images, rows, corners), encoder, config=config, out=tmp_path / "run")
+    if kinds == "one kind":
+        assert result.verdict == "poisoned" and result.summary["triggers"][0]["concentration"] > 1.5
+        assert not any(pattern.steers for pattern in result.benign_patterns)
+        return
+    assert result.verdict == "inconclusive" and "it lies on images of all kinds" in result.summary["reason"]
+    assert result.flagged == () and result.triggers == () and result.summary["p_value"] < 1e-6
+    overlay, *others = result.benign_patterns
+    assert overlay.steers and overlay.concentration == pytest.approx(1, abs=0.4) and overlay.flip_rate > 0.5
+    assert not any(pattern.steers for pattern in others)
+    assert set(overlay.source_ids) <= {images.ids[row] for row in rows.tolist()}
+    assert result.summary["benign_patterns"][0]["steers"]
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "it is aimed at no kind of image" in page
+    assert load_result(tmp_path / "run").benign_patterns[0].concentration == overlay.concentration

@@ -104,7 +104,7 @@ class TriggerSection:
 
 @dataclass(frozen=True, eq=False)
 class BenignSection:
-    """A pattern that recurs and steers nothing.
+    """A pattern that recurs and is no attack.
 
     Attributes:
         number: from 1; as in benign/pattern-1.png.
@@ -163,7 +163,7 @@ class Report:
         next_steps: what to do now.
         key_figures: the few numbers that belong beside the headline.
         triggers: empty unless the verdict is `poisoned`.
-        benign_patterns: what recurs and steers nothing; no alarm.
+        benign_patterns: what recurs and is no attack; no alarm.
         candidates: the highest-scored images.
         flagged: those with a picture, most suspicious first; at most MOST_THUMBNAILS.
         flagged_names: labels of the flagged images without a picture; at most MOST_NAMES.
@@ -514,14 +514,24 @@ def _trigger_section(number: int, trigger: TriggerFinding, summary: Mapping[str,
 
 
 def _benign_section(number: int, pattern: BenignPattern) -> BenignSection:
-    return BenignSection(
-        number=number,
-        sentence=(
-            f"The same pixels lie in {_count(pattern.n_sources)} of the images that were examined. Pasted on other "
-            f"images they moved {percent(pattern.flip_rate)} into one cluster, and shuffled "
+    carriers = _count(pattern.n_sources)
+    seen = f"The same pixels lie in {carriers} of the images that were examined. Pasted on other images "
+    if pattern.steers:
+        sentence = (
+            f"{seen}they moved {percent(pattern.flip_rate)}, and shuffled {percent(pattern.control_rate)}: the encoder "
+            "obeys the pattern. But without it those images scatter like any others, so that it is aimed at no kind of "
+            "image, as an attack is. A watermark or a logo on images of all kinds does this. Look at it, and remove it "
+            "from the images if it does not belong there."
+        )
+    else:
+        sentence = (
+            f"{seen}they moved {percent(pattern.flip_rate)} into one cluster, and shuffled "
             f"{percent(pattern.control_rate)}: the pattern steers nothing. So it is with a watermark, a logo or a "
             "frame, and with crops that overlap."
-        ),
+        )
+    return BenignSection(
+        number=number,
+        sentence=sentence,
         sheet=trigger_sheet(pattern.patches, columns=12, side=64, most=48),
         sources=tuple(shorten(id) for id in pattern.source_ids[:MOST_NAMES]),
         n_sources=pattern.n_sources,

@@ -168,7 +168,7 @@ def trigger_sheet(patches: Tensor, *, columns: int = 10, side: int = 96, most: i
 def write_trigger_sheets(
     triggers: Sequence[TriggerFinding], folder: Path, benign: Sequence[BenignPattern] = ()
 ) -> tuple[str, ...]:
-    """Write `triggers/trigger-1.png` and so on below a run folder, and `benign/pattern-1.png` for what steers nothing.
+    """Write `triggers/trigger-1.png` and so on below a run folder, and `benign/pattern-1.png` for what is no attack.
 
     Returns:
         Their paths relative to the folder, in the order of the triggers and then of the benign patterns.

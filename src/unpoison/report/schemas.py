@@ -58,22 +58,35 @@ _VERDICT = _object(
                         "number", "Share that patch without control must move more than.", minimum=0
                     ),
                     "p_value": _share("Of this trigger, corrected for the number of finalists."),
+                    "concentration": _said(
+                        ["number", "null"],
+                        "How much more often two of its images share a group of clusters, once it is hidden, than two "
+                        "other images do; null where too few are left.",
+                    ),
                     "n_sources": _count("Distinct images that carry it."),
                     "n_confirmation": _count("Images it was pasted on."),
                     "n_flagged": _count("Flagged images that carry it, as far as the scan can tell."),
                     "image": _said("string", "Picture, relative to the run folder."),
                     "list": _said("string", "Ids of those images, one a line, relative to the run folder."),
                 },
-                optional=("tau", "p_value", "n_confirmation", "n_flagged", "list"),
+                optional=("tau", "p_value", "concentration", "n_confirmation", "n_flagged", "list"),
             ),
         },
         "benign_patterns": {
             "type": "array",
-            "description": "The same pixels in several images, which steer nothing; no part of the verdict.",
+            "description": "The same pixels in several images, which are no attack; no alarm.",
             "items": _object(
                 {
                     "flip_rate": _share("Of the search's images, moved to the cluster that gains most."),
                     "control_rate": _share("The same for the shuffled patches."),
+                    "steers": _said(
+                        "boolean",
+                        "Whether the encoder obeys it; it lies on images of all kinds then, and the rates are of the "
+                        "confirmation half.",
+                    ),
+                    "concentration": _said(
+                        ["number", "null"], "As a trigger's; null where it steers nothing."
+                    ),
                     "n_sources": _count("Distinct images, among those examined, that carry it."),
                     "sources": {"type": "array", "items": {"type": "string"}, "description": "Their ids."},
                     "image": _said("string", "Picture, relative to the run folder."),

@@ -9,6 +9,10 @@ recur: the same pattern cut from at least three different pictures.
 
 Whatever the search did, the claim "some patch steers more than tau of the images to these clusters, by its pattern" is
 false with probability at most alpha: everything was fixed before the confirmation half was touched.
+
+That a patch steers does not make it an attack: an encoder also learns a watermark that lies on images of all kinds, and
+obeys it. An attacker needs the patch on one kind of image, which is what other images are to be taken for. So a
+finalist must also be aimed: with the patch hidden, its images must lie together more than other images do.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unpoison.encoders.encoder import Encoder
-from unpoison.functional.clustering import assign
+from unpoison.functional.clustering import assign, kmeans
 from unpoison.functional.matching import duplicate_images, patch_similarity
 from unpoison.functional.windows import crop_windows, paste_windows
 from unpoison.records import Clusters, ImageSet
@@ -74,6 +78,21 @@ _HOME = 0.1
 _STRIKING_RATE = 0.2
 """Share of steered images that no innocent window was seen to reach."""
 
+_SCATTER_GROUPS = 50
+"""Groups of clusters in which a pattern's images are counted, at most: more would need more images."""
+
+_SCATTER_COMPARED = 1000
+"""Other images that a pattern's images are compared with."""
+
+_SCATTER_DRAWS = 200
+"""Samples of those, as many images as carry the pattern, that show what chance does."""
+
+_SCATTER_LIMIT = 1.4
+"""Where chance alone reaches this concentration, too few images carry the pattern for a decision.
+
+Patches aimed at one class of five reached 1.5 to 6.8, and one on images of all classes 1.1 (benchmarks/aim.py).
+"""
+
 _OVERLAY_SOURCES = 5
 """Pictures that must carry the same pixels, for these to be named although they steer nothing."""
 
@@ -116,6 +135,9 @@ class Confirmation:
         steering_p_value: of the patch alone, whatever its control does: does it move more than a rate that no window
             of innocent images comes near? A backdoor that fires at colour alone (colour patches on grey images) shows
             here only.
+        concentration: how much more often two of the pattern's images share a group of clusters, once the pattern is
+            hidden, than two other images do; 1 is like any images. NaN where fewer than two are left.
+        aimed: whether that is more than chance, or the images are too few to tell. What is not aimed is no attack.
     """
 
     flip_rate: float
@@ -124,22 +146,27 @@ class Confirmation:
     p_value: float
     n_images: int
     steering_p_value: float
+    concentration: float = math.nan
+    aimed: bool = True
 
 
 @dataclass(frozen=True, eq=False)
 class BenignFinding:
-    """A pattern that recurs in several pictures and steers nothing: a watermark, a logo, a frame.
+    """A pattern that recurs in several pictures and is no attack: a watermark, a logo, a frame.
 
     Attributes:
         members: candidates that carry it; the first is the one that most of the others resemble.
         flip_rate: share of the search's flip images that its patches bring to the cluster that gains most, the mean
             over the members.
         control_rate: the same of their shuffled pixels.
+        concentration: see `Confirmation`, of a pattern that moves images all the same; its rates are those of the
+            confirmation half then. None where it steers nothing.
     """
 
     members: Tensor
     flip_rate: float
     control_rate: float
+    concentration: float | None = None
 
 
 def find_finalists(
@@ -197,7 +224,7 @@ def find_benign_patterns(
     Args:
         candidates: all scored ones.
         images: the data set, to tell copies of a picture apart from independent sources.
-        triggers: the confirmed ones; windows that show a part of their patterns are no overlay.
+        triggers: those that steer; windows that show a part of their patterns are no overlay.
     """
     chosen = (
         torch.linspace(0, len(candidates) - 1, min(len(candidates), _COMPARED_FOR_OVERLAYS)).round().long()
@@ -312,6 +339,7 @@ def confirm(
     held_out: Tensor,
     flip_test: FlipTest,
     *,
+    alpha: float,
     generator: torch.Generator,
     batch_size: int,
 ) -> list[Confirmation]:
@@ -325,7 +353,8 @@ def confirm(
         finalists: fixed before; see `find_finalists`.
         held_out: (B,) int64 rows that neither the flip set nor any candidate used.
         flip_test: measures what random windows of the data do, which sets tau.
-        generator: places, and the order of the controls' blocks.
+        alpha: finalists with a larger p-value steer nothing, and are not asked whether they are aimed.
+        generator: places, the order of the controls' blocks, and what a pattern's images are compared with.
         batch_size: images per pass.
     """
     if not finalists:
@@ -364,12 +393,93 @@ def confirm(
         hits = int(hit.sum())
         steering.append(binomial_tail(hits, len(rows), max(_STRIKING_RATE, 2 * alone)))
         results.append((hits / n, int(control_hit.sum()) / n, tau, len(rows)))
+    p_values = holm(raw)
+    aims = [
+        _aim(encoder, images, clusters, candidates, finalist, generator=generator, batch_size=batch_size)
+        if p <= alpha
+        else (math.nan, None)
+        for finalist, p in zip(finalists, p_values, strict=True)
+    ]
+    patches = [candidates.patches[finalist.members[:_KNOWN]] for finalist in finalists]
+    overlays = [patch for patch, (_, aimed) in zip(patches, aims, strict=True) if aimed is False]
+    # A few windows of an overlay, by themselves too few to tell, are still of that overlay.
+    part_of_one = [any(_shows_part(patch, overlay) for overlay in overlays) for patch in patches]
     return [
         Confirmation(
-            flip_rate=rate, control_rate=control, tau=tau, p_value=p, n_images=n, steering_p_value=steering_p
+            flip_rate=rate,
+            control_rate=control,
+            tau=tau,
+            p_value=p,
+            n_images=n,
+            steering_p_value=steering_p,
+            concentration=concentration,
+            aimed=not part if aimed is None else aimed,
         )
-        for (rate, control, tau, n), p, steering_p in zip(results, holm(raw), holm(steering), strict=True)
+        for (rate, control, tau, n), p, steering_p, (concentration, aimed), part in zip(
+            results, p_values, holm(steering), aims, part_of_one, strict=True
+        )
     ]
+
+
+def _aim(
+    encoder: Encoder,
+    images: ImageSet,
+    clusters: Clusters,
+    candidates: Candidates,
+    finalist: Finalist,
+    *,
+    generator: torch.Generator,
+    batch_size: int,
+) -> tuple[float, bool | None]:
+    """Do a finalist's images lie together once their pattern is hidden? How much, and whether; None if undecided."""
+    groups = kmeans(
+        clusters.centroids, min(_SCATTER_GROUPS, len(clusters.centroids)), generator=generator
+    ).assignment
+    groups = torch.where(torch.isin(torch.arange(len(groups)), finalist.attractors), -1, groups.cpu())
+    rows, corners = candidates.rows[finalist.members], candidates.corners[finalist.members]
+    other = ~torch.isin(clusters.assignment, finalist.attractors)
+    other[rows] = False
+    compared = other.nonzero().flatten()
+    compared = compared[torch.randperm(len(compared), generator=generator)[:_SCATTER_COMPARED]]
+    places = corners[torch.randint(len(corners), (len(compared),), generator=generator)]
+
+    def found_in(rows: Tensor, corners: Tensor) -> Tensor:
+        """The group of each image without its pattern; those that stay where the pattern leads are left out."""
+        side = candidates.patches.shape[-1]
+        where = []
+        for start in range(0, len(rows), batch_size):
+            pixels = images.pixels[rows[start : start + batch_size]]
+            colour = pixels.float().mean(dim=(2, 3)).round().to(torch.uint8)
+            hidden = paste_windows(
+                pixels,
+                colour[:, :, None, None].expand(-1, -1, side, side),
+                corners[start : start + batch_size],
+            )
+            features = F.normalize(encoder.features(hidden.to(encoder.device)), dim=1)
+            where.append(assign(features, clusters.centroids.to(features.device)).cpu())
+        found = groups[torch.cat(where)] if where else torch.empty(0, dtype=torch.int64)
+        return found[found >= 0]
+
+    carriers, usual = found_in(rows, corners), found_in(compared, places)
+    if len(carriers) < 2 or len(usual) < 2:
+        return math.nan, None
+    share = (torch.bincount(usual, minlength=_SCATTER_GROUPS) + 0.5) / (len(usual) + 0.5 * _SCATTER_GROUPS)
+    drawn = usual[torch.randint(len(usual), (_SCATTER_DRAWS, len(carriers)), generator=generator)]
+    by_chance = torch.tensor([_concentration(sample, share) for sample in drawn]).quantile(0.99)
+    concentration = _concentration(carriers, share)
+    if concentration > by_chance:
+        return concentration, True
+    return concentration, None if by_chance > _SCATTER_LIMIT else False
+
+
+def _concentration(groups: Tensor, share: Tensor) -> float:
+    """How often two of these lie in one group, in units of what the shares of the groups let expect.
+
+    >>> _concentration(torch.tensor([0, 0, 0]), torch.tensor([0.25, 0.75]))
+    4.0
+    """
+    counts = torch.bincount(groups, minlength=len(share)).double()
+    return float((counts * (counts - 1) / share).sum() / (len(groups) * (len(groups) - 1)))
 
 
 def _upper_tail(gain: Tensor, attractors: Tensor) -> float:
