@@ -12,7 +12,7 @@ false with probability at most alpha: everything was fixed before the confirmati
 
 That a patch steers does not make it an attack: an encoder also learns a watermark that lies on images of all kinds, and
 obeys it. An attacker needs the patch on one kind of image, which is what other images are to be taken for. So a
-finalist must also be aimed: with the patch hidden, its images must lie together more than other images do.
+finalist must also be aimed (scan/aim.py).
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unpoison.encoders.encoder import Encoder
-from unpoison.functional.clustering import assign, kmeans
+from unpoison.functional.clustering import assign
 from unpoison.functional.matching import duplicate_images, patch_similarity
 from unpoison.functional.windows import crop_windows, paste_windows
 from unpoison.records import Clusters, ImageSet
+from unpoison.scan.aim import Aim, aim_of
 from unpoison.scan.candidates import Candidates
 from unpoison.scan.config import MOST_BENIGN, MOST_FINALISTS
 from unpoison.scan.flip_test import Flips, FlipTest, draw_corners, shuffle_blocks
@@ -78,21 +79,6 @@ _HOME = 0.1
 _STRIKING_RATE = 0.2
 """Share of steered images that no innocent window was seen to reach."""
 
-_SCATTER_GROUPS = 50
-"""Groups of clusters in which a pattern's images are counted, at most: more would need more images."""
-
-_SCATTER_COMPARED = 1000
-"""Other images that a pattern's images are compared with."""
-
-_SCATTER_DRAWS = 200
-"""Samples of those, as many images as carry the pattern, that show what chance does."""
-
-_SCATTER_LIMIT = 1.4
-"""Where chance alone reaches this concentration, too few images carry the pattern for a decision.
-
-Patches aimed at one class of five reached 1.5 to 6.8, and one on images of all classes 1.1 (benchmarks/aim.py).
-"""
-
 _OVERLAY_SOURCES = 5
 """Pictures that must carry the same pixels, for these to be named although they steer nothing."""
 
@@ -135,9 +121,8 @@ class Confirmation:
         steering_p_value: of the patch alone, whatever its control does: does it move more than a rate that no window
             of innocent images comes near? A backdoor that fires at colour alone (colour patches on grey images) shows
             here only.
-        concentration: how much more often two of the pattern's images share a group of clusters, once the pattern is
-            hidden, than two other images do; 1 is like any images. NaN where fewer than two are left.
-        aimed: whether that is more than chance, or the images are too few to tell. What is not aimed is no attack.
+        concentration, aimed: see `scan.aim.Aim`. Where too few images carry the pattern, it counts as aimed, unless its
+            windows show a part of a pattern that is not. What is not aimed is no attack.
     """
 
     flip_rate: float
@@ -395,13 +380,21 @@ def confirm(
         results.append((hits / n, int(control_hit.sum()) / n, tau, len(rows)))
     p_values = holm(raw)
     aims = [
-        _aim(encoder, images, clusters, candidates, finalist, generator=generator, batch_size=batch_size)
+        aim_of(
+            encoder,
+            images,
+            clusters,
+            candidates.take(finalist.members),
+            finalist.attractors,
+            generator=generator,
+            batch_size=batch_size,
+        )
         if p <= alpha
-        else (math.nan, None)
+        else Aim(math.nan, None)
         for finalist, p in zip(finalists, p_values, strict=True)
     ]
     patches = [candidates.patches[finalist.members[:_KNOWN]] for finalist in finalists]
-    overlays = [patch for patch, (_, aimed) in zip(patches, aims, strict=True) if aimed is False]
+    overlays = [patch for patch, aim in zip(patches, aims, strict=True) if aim.aimed is False]
     # A few windows of an overlay, by themselves too few to tell, are still of that overlay.
     part_of_one = [any(_shows_part(patch, overlay) for overlay in overlays) for patch in patches]
     return [
@@ -412,74 +405,13 @@ def confirm(
             p_value=p,
             n_images=n,
             steering_p_value=steering_p,
-            concentration=concentration,
-            aimed=not part if aimed is None else aimed,
+            concentration=aim.concentration,
+            aimed=not part if aim.aimed is None else aim.aimed,
         )
-        for (rate, control, tau, n), p, steering_p, (concentration, aimed), part in zip(
+        for (rate, control, tau, n), p, steering_p, aim, part in zip(
             results, p_values, holm(steering), aims, part_of_one, strict=True
         )
     ]
-
-
-def _aim(
-    encoder: Encoder,
-    images: ImageSet,
-    clusters: Clusters,
-    candidates: Candidates,
-    finalist: Finalist,
-    *,
-    generator: torch.Generator,
-    batch_size: int,
-) -> tuple[float, bool | None]:
-    """Do a finalist's images lie together once their pattern is hidden? How much, and whether; None if undecided."""
-    groups = kmeans(
-        clusters.centroids, min(_SCATTER_GROUPS, len(clusters.centroids)), generator=generator
-    ).assignment
-    groups = torch.where(torch.isin(torch.arange(len(groups)), finalist.attractors), -1, groups.cpu())
-    rows, corners = candidates.rows[finalist.members], candidates.corners[finalist.members]
-    other = ~torch.isin(clusters.assignment, finalist.attractors)
-    other[rows] = False
-    compared = other.nonzero().flatten()
-    compared = compared[torch.randperm(len(compared), generator=generator)[:_SCATTER_COMPARED]]
-    places = corners[torch.randint(len(corners), (len(compared),), generator=generator)]
-
-    def found_in(rows: Tensor, corners: Tensor) -> Tensor:
-        """The group of each image without its pattern; those that stay where the pattern leads are left out."""
-        side = candidates.patches.shape[-1]
-        where = []
-        for start in range(0, len(rows), batch_size):
-            pixels = images.pixels[rows[start : start + batch_size]]
-            colour = pixels.float().mean(dim=(2, 3)).round().to(torch.uint8)
-            hidden = paste_windows(
-                pixels,
-                colour[:, :, None, None].expand(-1, -1, side, side),
-                corners[start : start + batch_size],
-            )
-            features = F.normalize(encoder.features(hidden.to(encoder.device)), dim=1)
-            where.append(assign(features, clusters.centroids.to(features.device)).cpu())
-        found = groups[torch.cat(where)] if where else torch.empty(0, dtype=torch.int64)
-        return found[found >= 0]
-
-    carriers, usual = found_in(rows, corners), found_in(compared, places)
-    if len(carriers) < 2 or len(usual) < 2:
-        return math.nan, None
-    share = (torch.bincount(usual, minlength=_SCATTER_GROUPS) + 0.5) / (len(usual) + 0.5 * _SCATTER_GROUPS)
-    drawn = usual[torch.randint(len(usual), (_SCATTER_DRAWS, len(carriers)), generator=generator)]
-    by_chance = torch.tensor([_concentration(sample, share) for sample in drawn]).quantile(0.99)
-    concentration = _concentration(carriers, share)
-    if concentration > by_chance:
-        return concentration, True
-    return concentration, None if by_chance > _SCATTER_LIMIT else False
-
-
-def _concentration(groups: Tensor, share: Tensor) -> float:
-    """How often two of these lie in one group, in units of what the shares of the groups let expect.
-
-    >>> _concentration(torch.tensor([0, 0, 0]), torch.tensor([0.25, 0.75]))
-    4.0
-    """
-    counts = torch.bincount(groups, minlength=len(share)).double()
-    return float((counts * (counts - 1) / share).sum() / (len(groups) * (len(groups) - 1)))
 
 
 def _upper_tail(gain: Tensor, attractors: Tensor) -> float:
