@@ -99,6 +99,7 @@ def fake_result(
                 "n_sources": n_flagged,
                 "n_flagged": found,
                 "image": trigger.image,
+                "concentration": 3.31,
                 "list": "triggers/trigger-1.txt",
                 "n_confirmation": 500,
             }

@@ -28,6 +28,14 @@ def test_a_poisoned_set_is_told_with_trigger_and_numbers():
     assert {fact.name: fact.value for fact in report.settings}["n_flips"] == "not set"
 
 
+def test_a_trigger_says_how_its_images_lie_where_that_is_known():
+    result = fake_result("poisoned")
+    (aimed,) = [fact for fact in make_report(result).triggers[0].facts if fact.name == "aimed"]
+    assert aimed.value == "3.3 times"
+    result.summary["triggers"][0]["concentration"] = None  # too few images were left
+    assert all(fact.name != "aimed" for fact in make_report(result).triggers[0].facts)
+
+
 def test_no_evidence_says_what_was_looked_for_and_never_clean():
     report = make_report(fake_result("no_evidence"))
     assert report.headline == "No evidence of a planted trigger in 40 images."

@@ -488,6 +488,17 @@ def _trigger_section(number: int, trigger: TriggerFinding, summary: Mapping[str,
         *(
             [
                 Fact(
+                    "aimed",
+                    f"{entry['concentration']:.1f} times",
+                    "how much more often two of those, without the patch, lie together than two other images do",
+                )
+            ]
+            if entry.get("concentration") is not None
+            else []
+        ),
+        *(
+            [
+                Fact(
                     "flagged",
                     f"{_count(entry['n_flagged'])} images",
                     f"listed in {escape(str(entry['list']))}",
