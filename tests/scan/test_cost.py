@@ -46,7 +46,7 @@ def test_the_default_follows_the_formulas() -> None:
         "explore": (n_scored(config.clusters or 0, 2, 0.25) * (1 + masks + 192),) * 2,
         "trial": (64 * again, 3 * 64 * again),
         "exploit": (300 * again, 300 * (masks + 3 * (3 * 27 + 192))),
-        "confirm": (64 * 192 + 2 * 1000, 64 * 192 + 10 * 1000),
+        "confirm": (64 * 192 + 3240, 64 * 192 + 5 * 3240),
         "evidence": (24 * masks, 24 * (1 + masks)),
     }
     assert cost().expected == sum(expected for expected, _ in found.values()) <= cost().most

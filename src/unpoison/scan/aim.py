@@ -24,14 +24,12 @@ from unpoison.functional.clustering import assign, kmeans
 from unpoison.functional.windows import paste_windows
 from unpoison.records import Clusters, ImageSet
 from unpoison.scan.candidates import Candidates
+from unpoison.scan.config import MOST_OTHERS
 
 __all__ = ["Aim", "aim_of", "concentration"]
 
 _GROUPS = 50
 """Groups of clusters in which images are counted, at most: more would need more images with the pattern."""
-
-_COMPARED = 1000
-"""Other images that a pattern's images are compared with."""
 
 _DRAWS = 200
 """Samples of those, as many images as carry the pattern, that show what chance does."""
@@ -86,7 +84,7 @@ def aim_of(
     other = ~torch.isin(clusters.assignment, attractors)
     other[carriers.rows] = False
     rows = other.nonzero().flatten()
-    rows = rows[torch.randperm(len(rows), generator=generator)[:_COMPARED]]
+    rows = rows[torch.randperm(len(rows), generator=generator)[:MOST_OTHERS]]
     corners = carriers.corners[torch.randint(len(carriers), (len(rows),), generator=generator)]
 
     def groups_without(rows: Tensor, corners: Tensor) -> Tensor:

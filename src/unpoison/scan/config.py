@@ -12,6 +12,7 @@ __all__ = [
     "MOST_BENIGN",
     "MOST_DIRECTIONS",
     "MOST_FINALISTS",
+    "MOST_OTHERS",
     "PICTURES",
     "SCREEN_SHARE",
     "TRIALS",
@@ -33,6 +34,9 @@ MOST_FINALISTS = 5
 
 MOST_BENIGN = 64
 """Random windows that say how much innocent ones steer."""
+
+MOST_OTHERS = 1000
+"""Images without a confirmed pattern that its own are compared with, once it is hidden."""
 
 PICTURES = 24
 """Highest-scored images that the report shows with their attention."""

@@ -20,6 +20,7 @@ from unpoison.scan.config import (
     MOST_BENIGN,
     MOST_DIRECTIONS,
     MOST_FINALISTS,
+    MOST_OTHERS,
     PICTURES,
     TRIALS,
     ScanConfig,
@@ -34,6 +35,9 @@ __all__ = ["Rate", "ScanCost", "StageCost", "expected_cost", "fit_budget", "meas
 
 _RACE_SURVIVORS = 0.25
 """Share of raced candidates that we expect to need the whole flip set."""
+
+_CARRIERS_OF_ONE = 240
+"""Images with one pattern, at the most: the confirmation compares so many candidates."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,9 @@ def expected_cost(
         return n * (along + directions * (sharpen + flips))
 
     def confirmation(finalists: int) -> int:
-        return min(MOST_BENIGN, allowed) * flips + 2 * finalists * held_out
+        # Of each, pasted in pairs, then hidden: its images, no more than were scored, and others.
+        hidden = min(MOST_OTHERS, n_images) + min(_CARRIERS_OF_ONE, explored + exploited)
+        return min(MOST_BENIGN, allowed) * flips + finalists * (2 * held_out + hidden)
 
     directed = config.score == "directed"
     trials, exploited = min(TRIALS, explored), min(config.exploit, allowed)
