@@ -2,8 +2,8 @@
 
 A benchmark is a list of cases, and a case with a seed is one row. A row depends on the case and the seed alone: seed s
 attacks class s mod n with the trigger `seed:100+s`; nothing is picked after looking. Finished rows are kept in
-runs/benchmarks/NAME.jsonl, one JSON line each, and are not computed again; trained encoders are kept there too, so that
-another scan does not train them again. results/NAME.json is what is committed.
+runs/benchmarks/NAME.jsonl, one JSON line each, and in results/NAME.json, which is committed; not computed again.
+Trained encoders are kept beside the former, so that another scan does not train them again.
 """
 
 from __future__ import annotations
@@ -328,7 +328,7 @@ def run_jobs(name: str, jobs: Iterable[Job], options: argparse.Namespace) -> int
     path = KEPT / f"{name}.jsonl"
     failed = []
     for job in jobs:
-        if not options.fresh and job.key in {row["key"] for row in read_rows(path)}:
+        if not options.fresh and job.key in {row["key"] for row in known_rows(name, path)}:
             say(f"{name} {job.case} seed {job.seed}: kept from an earlier run (--fresh computes it again)")
             write_results(name, path)
             continue
@@ -375,16 +375,23 @@ def read_rows(path: Path) -> list[Row]:
     return list(rows.values())
 
 
+def known_rows(name: str, path: Path) -> list[Row]:
+    """Kept rows, and before them what another machine measured and committed."""
+    committed = RESULTS / f"{name}.json"
+    rows = json.loads(committed.read_text(encoding="utf-8"))["rows"] if committed.exists() else []
+    return [row for row in rows if "key" in row] + read_rows(path)
+
+
 def write_results(name: str, path: Path) -> None:
     """results/NAME.json: of each case and seed the newest row."""
-    newest = {(row["case"], row["seed"]): row for row in read_rows(path)}
+    newest = {(row["case"], row["seed"]): row for row in known_rows(name, path)}
     cases = list(dict.fromkeys(row["case"] for row in newest.values()))
     rows = sorted(newest.values(), key=lambda row: (cases.index(row["case"]), row["seed"]))
     value = {
         "schema": SCHEMA,
         "benchmark": name,
         "seeds": sorted({row["seed"] for row in rows}),
-        "rows": [{k: v for k, v in row.items() if k != "key"} for row in rows],
+        "rows": rows,
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
     write_json_atomically(RESULTS / f"{name}.json", value)

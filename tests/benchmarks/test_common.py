@@ -135,6 +135,20 @@ def test_other_settings_and_fresh_compute_again_and_the_newest_row_counts(kept):
     assert [row["value"] for row in results(kept)["rows"]] == [3]
 
 
+def test_a_fresh_clone_goes_on_from_the_committed_rows(kept):
+    calls = []
+
+    def counted(seed):
+        return job(seed, lambda: calls.append(seed) or {"value": seed})
+
+    common.run_jobs("bench", [counted(0), counted(1)], OPTIONS)
+    (kept / "kept" / "bench.jsonl").unlink()
+    common.run_jobs("bench", [counted(0), counted(1), counted(2)], OPTIONS)
+    assert calls == [0, 1, 2] and [row["value"] for row in results(kept)["rows"]] == [0, 1, 2]
+    common.run_jobs("bench", [job(0, lambda: {"value": 7}, epochs=9)], OPTIONS)  # other settings, another row
+    assert [row["value"] for row in results(kept)["rows"]] == [7, 1, 2]
+
+
 def test_a_line_that_a_kill_cut_off_is_ignored(kept):
     common.run_jobs("bench", [job(0, lambda: {"value": 1})], OPTIONS)
     with (kept / "kept" / "bench.jsonl").open("a") as file:
