@@ -38,7 +38,7 @@ _OURS = (
     "report.html",
 )
 _OUR_FOLDERS = ("cache", "triggers", "benign")
-_OTHER_FILES = ("encoder.safetensors", "detector.safetensors", "log.txt")
+_OTHER_FILES = ("encoder.safetensors", "detector.safetensors", "report.sarif", "report.txt", "log.txt")
 _MARK = "unpoison_run"
 """Tells our run.json from another program's, whose folder must not be cleared; its value is the file's schema."""
 

@@ -12,6 +12,18 @@ def test_the_page_is_rendered_again(run, replace_module, tmp_path):
     assert json.loads(run("report", tmp_path, "--json").stdout)["verdict"] == "poisoned"
 
 
+def test_other_formats_are_written_beside_the_page(run, replace_module, tmp_path):
+    (tmp_path / "verdict.json").write_text("{}")
+    replace_module("runs", load_result=lambda folder: fake_result())
+    assert run("report", tmp_path, "--format", "json", "--format", "html").exit_code == 0
+    assert not (tmp_path / "report.sarif").exists() and not (tmp_path / "report.txt").exists()
+    assert run("report", tmp_path, "--format", "sarif", "--format", "text").exit_code == 0
+    assert json.loads((tmp_path / "report.sarif").read_text())["version"] == "2.1.0"
+    assert "These images are poisoned" in (tmp_path / "report.txt").read_text(encoding="utf-8")
+    done = run("report", tmp_path, "--format", "pdf")
+    assert done.exit_code == 2 and "--format pdf: expected html, json, sarif or text" in done.stderr
+
+
 def test_a_folder_that_is_no_run_is_refused(run, tmp_path):
     done = run("report", tmp_path)
     assert done.exit_code == 2 and "holds no verdict.json: expected the folder of a finished" in done.stderr

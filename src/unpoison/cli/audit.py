@@ -7,7 +7,20 @@ from typing import Annotated, Any
 
 import typer
 
-from unpoison.cli.options import Device, FollowLinks, Fresh, Json, Precision, Quiet, Root, Seed, Workers
+from unpoison.cli.options import (
+    Device,
+    FollowLinks,
+    Formats,
+    Fresh,
+    Json,
+    Precision,
+    Quiet,
+    Root,
+    Seed,
+    Workers,
+    check_formats,
+    write_formats,
+)
 from unpoison.cli.scan import EXIT_CODES
 from unpoison.cli.screen import Screen, log_into
 
@@ -87,6 +100,7 @@ def audit(
     exit_zero: Annotated[
         bool, typer.Option("--exit-zero", help="Return 0 also when the encoder is backdoored.")
     ] = False,
+    formats: Formats = [],  # noqa: B006 (never changed)
     fresh: Fresh = False,
     faithful: Annotated[
         bool,
@@ -132,9 +146,11 @@ def audit(
     those of clean encoders. Writes a verdict, the trigger as a picture, and a report for people to RUN.
     """
     screen = Screen(as_json=as_json, quiet=quiet)
+    check_formats(formats)
     from unpoison import audit_pipeline
     from unpoison.audit.decree import DecreeConfig
     from unpoison.encoders.checkpoints import load_encoder
+    from unpoison.report.as_sarif import audit_as_sarif
     from unpoison.report.audit_page import audit_as_text, make_audit_report
 
     given = {"restarts": restarts, "scout_steps": scout_steps, "steps": steps}
@@ -164,8 +180,10 @@ def audit(
             progress=progress,
         )
     page = out / "report.html"
+    text = audit_as_text(make_audit_report(result))
+    write_formats(out, formats, text, lambda: audit_as_sarif(result.summary))
     screen.finish(
         {**result.summary, "run": str(out), "report": str(page)},
-        lambda: f"{audit_as_text(make_audit_report(result))}\n\n{result.verdict}: see {page}",
+        lambda: f"{text}\n\n{result.verdict}: see {page}",
     )
     raise typer.Exit(0 if exit_zero and result.verdict == "poisoned" else EXIT_CODES[result.verdict])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,6 +14,7 @@ __all__ = [
     "BatchSize",
     "Device",
     "FollowLinks",
+    "Formats",
     "Fresh",
     "Images",
     "Json",
@@ -23,6 +25,8 @@ __all__ = [
     "Seed",
     "Workers",
     "batch_size_of",
+    "check_formats",
+    "write_formats",
 ]
 
 _RUNNING = "How it runs"
@@ -51,6 +55,15 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors."
 Fresh = Annotated[
     bool, typer.Option("--fresh", help="Start over instead of resuming or showing an earlier run.")
 ]
+Formats = Annotated[
+    list[str],
+    typer.Option(
+        "--format",
+        metavar="sarif|text",
+        help="Also write report.sarif or report.txt to RUN; repeatable. html and json are always written.",
+        show_default=False,
+    ),
+]
 Only = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Use just the ids in this file, one a line, such as clean.txt."),
@@ -74,3 +87,21 @@ def batch_size_of(text: str) -> int | None:
     if not text.isdecimal() or int(text) < 1:
         raise ConfigError(f"--batch-size {text}: expected auto or a whole number of at least 1")
     return int(text)
+
+
+def check_formats(formats: list[str]) -> None:
+    """Complains before the long work begins."""
+    for name in formats:
+        if name not in ("html", "json", "sarif", "text"):
+            raise ConfigError(f"--format {name}: expected html, json, sarif or text")
+
+
+def write_formats(run: Path, formats: list[str], text: str, sarif: Callable[[], dict[str, Any]]) -> None:
+    """The files that `--format` asks for beside report.html and verdict.json."""
+    from unpoison.data.export import atomic_file, write_json_atomically
+
+    if "sarif" in formats:
+        write_json_atomically(run / "report.sarif", sarif())
+    if "text" in formats:
+        with atomic_file(run / "report.txt") as file:
+            file.write(text.encode("utf-8", "backslashreplace") + b"\n")

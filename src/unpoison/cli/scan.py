@@ -14,6 +14,7 @@ from unpoison.cli.options import (
     BatchSize,
     Device,
     FollowLinks,
+    Formats,
     Fresh,
     Images,
     Json,
@@ -24,6 +25,8 @@ from unpoison.cli.options import (
     Seed,
     Workers,
     batch_size_of,
+    check_formats,
+    write_formats,
 )
 from unpoison.cli.screen import Screen, log_into, read_ids
 from unpoison.errors import ConfigError
@@ -78,6 +81,7 @@ def scan(
     exit_zero: Annotated[
         bool, typer.Option("--exit-zero", help="Return 0 also when images are poisoned.")
     ] = False,
+    formats: Formats = [],  # noqa: B006 (never changed)
     fresh: Fresh = False,
     method: Annotated[
         str,
@@ -248,6 +252,7 @@ def scan(
     by one. Writes a verdict, the list of images to keep, the trigger as a picture, and a report for people to RUN.
     """
     screen = Screen(as_json=as_json, quiet=quiet)
+    check_formats(formats)
     config = ScanConfig(
         method=method,
         clusters=clusters,
@@ -328,9 +333,14 @@ def scan(
             progress=progress,
             **more,
         )
+    from unpoison.report.as_sarif import scan_as_sarif
+
     page = out / "report.html"
+    text = _text(result, images, out)
+    write_formats(out, formats, text, lambda: scan_as_sarif(result))
     screen.finish(
-        {**result.summary, "run": str(out), "report": str(page)}, lambda: _text(result, images, out, page)
+        {**result.summary, "run": str(out), "report": str(page)},
+        lambda: f"{text}\n\n{result.verdict}: see {page}",
     )
     raise typer.Exit(0 if exit_zero and result.verdict == "poisoned" else EXIT_CODES[result.verdict])
 
@@ -399,10 +409,9 @@ def _preview_text(seen: Any, screen: Screen) -> str:
     return "\n".join(lines)
 
 
-def _text(result: Any, images: Path, out: Path, page: Path) -> str:
+def _text(result: Any, images: Path, out: Path) -> str:
     from unpoison.report.as_text import as_text
     from unpoison.report.document import make_report
 
     command = shlex.join(["unpoison", *sys.argv[1:]])
-    report = make_report(result, location=str(images), run=str(out), command=command)
-    return f"{as_text(report)}\n\n{result.verdict}: see {page}"
+    return as_text(make_report(result, location=str(images), run=str(out), command=command))
