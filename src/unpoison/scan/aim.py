@@ -4,6 +4,7 @@ Finds: patterns on images of all kinds. In training, such images become a cluste
 moves whatever it is pasted on, as a trigger does. But an attacker needs the pattern on one kind of image, which is what
 others are to be taken for; without it, those images lie together, and those of a watermark scatter like any others.
 Assumes that the kinds of images lie in different places of feature space, and that there are several.
+Doubt is decided against the pattern: what is more than chance counts as aimed.
 Misses: a watermark on one kind of image only, which nothing tells from an attack; and an attack on the kind of most of
 the images, which looks like a watermark.
 
