@@ -96,9 +96,8 @@ DIGITS = DemoSettings(
 )
 """For scikit-learn's digits.
 
-They are grey, so that this victim learns much of the colour itself as the trigger: the patch moved 56 to 96 % of other
-pictures, the same patch with its pixels shuffled 33 to 69 %. Of three seeds, two scans flagged all poison (precision 93
-and 100 %), and one said `inconclusive`, naming the pattern.
+They are grey, so that this victim learns much of the colour itself as the trigger, and its shuffled pixels move pictures,
+too. Of three seeds (benchmarks/demo.py), two scans flagged all poison, and one said `inconclusive`, naming the pattern.
 """
 
 PHOTOS = DemoSettings(
