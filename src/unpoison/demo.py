@@ -96,8 +96,8 @@ DIGITS = DemoSettings(
 )
 """For scikit-learn's digits.
 
-They are grey, so that this victim learns much of the colour itself as the trigger, and its shuffled pixels move pictures,
-too. Of three seeds (benchmarks/demo.py), two scans flagged all poison, and one said `inconclusive`, naming the pattern.
+They are grey, so that this victim learns much of the colour itself as the trigger, and its shuffled pixels move
+pictures, too. Of three seeds (benchmarks/demo.py), two scans flagged all poison, and one said `inconclusive`.
 """
 
 PHOTOS = DemoSettings(
