@@ -127,11 +127,11 @@ def _crop_and_flip(images: Tensor, config: ViewConfig, generator: torch.Generato
     mirrored = (torch.rand(n, generator=generator) < 0.5) & torch.tensor(config.flip)
     # Not by affine_grid, whose matrix product takes as long as the sampling: nothing is rotated.
     size = images.shape[-1]
-    centres = (2 * torch.arange(size) + 1) / size - 1
-    grid = torch.empty(n, size, size, 2)
-    grid[..., 0] = torch.addcmul(x[:, None], torch.where(mirrored, -width, width)[:, None], centres)[:, None]
-    grid[..., 1] = torch.addcmul(y[:, None], height[:, None], centres)[:, :, None]
-    grid = grid.to(images.device)
+    centres = ((2 * torch.arange(size) + 1) / size - 1).to(images.device)
+    maps = torch.stack((x, torch.where(mirrored, -width, width), y, height))[..., None].to(images.device)
+    grid = torch.empty(n, size, size, 2, device=images.device)
+    grid[..., 0] = torch.addcmul(maps[0], maps[1], centres)[:, None]
+    grid[..., 1] = torch.addcmul(maps[2], maps[3], centres)[:, :, None]
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
