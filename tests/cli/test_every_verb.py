@@ -47,6 +47,7 @@ def test_a_file_may_serve_several_verbs_and_hold_arguments_and_lists(run, tmp_pa
         ("[scan]\nxyzzy = 1", "unpoison scan has no option 'xyzzy'; see unpoison scan --help"),
         ("alpha = [0.1]", "alpha = [0.1]: expected one value"),
         ("alpha = 2020-01-01", "expected one value"),
+        ("[scna]\nalpha = 0.1", "[scna] is no verb; expected one of demo, scan,"),
         ("scan = 3", "scan is a verb; expected a table [scan]"),
         ("alpha = ", "no TOML: Invalid value"),
         ("config = 'x'", "has no option 'config'"),
@@ -57,6 +58,18 @@ def test_a_mistake_in_the_file_is_said(run, tmp_path, text, message):
     done = run("scan", tmp_path, "--out", tmp_path / "run", "--config", written(tmp_path, text))
     assert done.exit_code == 2 and message in " ".join(done.stderr.split())
     assert not (tmp_path / "run").exists()
+
+
+def test_tables_are_read_however_the_program_is_called(tmp_path):
+    settings = written(tmp_path, '[doctor]\nencoder = "from-the-file.safetensors"\n')
+    command = [sys.executable, "-m", "unpoison", "doctor", "--config", str(settings)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert "from-the-file.safetensors': no such file" in done.stdout + done.stderr
+
+
+def test_a_misspelt_verb_of_a_group_is_said(run, tmp_path):
+    done = run("attack", "patch", "--config", written(tmp_path, "[attack.pacth]\nrate = 0.1"))
+    assert done.exit_code == 2 and "[pacth] is no verb; expected one of" in done.stderr
 
 
 def test_a_missing_or_endless_file_is_said(run, tmp_path):

@@ -180,10 +180,13 @@ def audit(
             progress=progress,
         )
     page = out / "report.html"
-    text = audit_as_text(make_audit_report(result))
+
+    def text() -> str:
+        return audit_as_text(make_audit_report(result))
+
     write_formats(out, formats, text, lambda: audit_as_sarif(result.summary))
     screen.finish(
         {**result.summary, "run": str(out), "report": str(page)},
-        lambda: f"{text}\n\n{result.verdict}: see {page}",
+        lambda: f"{text()}\n\n{result.verdict}: see {page}",
     )
     raise typer.Exit(0 if exit_zero and result.verdict == "poisoned" else EXIT_CODES[result.verdict])

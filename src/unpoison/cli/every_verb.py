@@ -30,8 +30,7 @@ def add_options(command: Any) -> None:
 
 def _read(ctx: typer.Context, path: Path | None) -> None:
     if path is not None:
-        verb = ctx.command_path.split(" ", 1)[1]
-        ctx.default_map = _settings(path, verb, ctx.command)
+        ctx.default_map = _settings(path, ctx)
 
 
 def _block(wanted: bool) -> None:
@@ -71,11 +70,16 @@ def _options(
     """Never run; whoever adds its options runs."""
 
 
-def _settings(path: Path, verb: str, command: Any) -> dict[str, Any]:
-    """Values by the parser's own names.
+def _settings(path: Path, ctx: Any) -> dict[str, Any]:
+    """Values for the verb of a context, by the parser's own names.
 
     A file may serve several verbs: `[scan]` and `[attack.patch]` hold what is for them alone.
     """
+    contexts = [ctx]  # from the verb to the program
+    while contexts[-1].parent is not None:
+        contexts.append(contexts[-1].parent)
+    groups = [(outer, inner.info_name) for outer, inner in zip(contexts[1:], contexts, strict=False)][::-1]
+    verb, command = " ".join(name for _, name in groups), ctx.command
     if not path.is_file():
         raise ConfigError(f"--config {path}: no such file; expected TOML with options, such as alpha = 0.05")
     if path.stat().st_size > _LARGEST_FILE:
@@ -87,7 +91,11 @@ def _settings(path: Path, verb: str, command: Any) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path}: no TOML: {str(error).splitlines()[0]}") from error
     given = {key: value for key, value in value.items() if not isinstance(value, dict)}
-    for part in verb.split():
+    for group, part in groups:
+        verbs = group.command.list_commands(group)
+        for name, entry in value.items():
+            if isinstance(entry, dict) and name not in verbs:
+                raise ConfigError(f"--config {path}: [{name}] is no verb; expected one of {', '.join(verbs)}")
         value = value.get(part, {})
         if not isinstance(value, dict):
             raise ConfigError(

@@ -96,7 +96,9 @@ def check_formats(formats: list[str]) -> None:
             raise ConfigError(f"--format {name}: expected html, json, sarif or text")
 
 
-def write_formats(run: Path, formats: list[str], text: str, sarif: Callable[[], dict[str, Any]]) -> None:
+def write_formats(
+    run: Path, formats: list[str], text: Callable[[], str], sarif: Callable[[], dict[str, Any]]
+) -> None:
     """The files that `--format` asks for beside report.html and verdict.json."""
     from unpoison.data.export import atomic_file, write_json_atomically
 
@@ -104,4 +106,4 @@ def write_formats(run: Path, formats: list[str], text: str, sarif: Callable[[], 
         write_json_atomically(run / "report.sarif", sarif())
     if "text" in formats:
         with atomic_file(run / "report.txt") as file:
-            file.write(text.encode("utf-8", "backslashreplace") + b"\n")
+            file.write(text().encode("utf-8", "backslashreplace") + b"\n")

@@ -44,11 +44,14 @@ def report(
     with log_into(run):
         result = load_result(run)
         page = write_report(run, result)
-    text = as_text(make_report(result, run=str(run)))
+
+    def text() -> str:
+        return as_text(make_report(result, run=str(run)))
+
     write_formats(run, formats, text, lambda: scan_as_sarif(result))
     screen.finish(
         {**result.summary, "run": str(run), "report": str(page)},
-        lambda: f"{text}\n\n{result.verdict}: see {page}",
+        lambda: f"{text()}\n\n{result.verdict}: see {page}",
     )
 
 
@@ -60,9 +63,12 @@ def _report_audit(run: Path, formats: list[str], screen: Screen) -> None:
     with log_into(run):
         result = load_audit(run)
         page = write_audit_report(run, result)
-    text = audit_as_text(make_audit_report(result))
+
+    def text() -> str:
+        return audit_as_text(make_audit_report(result))
+
     write_formats(run, formats, text, lambda: audit_as_sarif(result.summary))
     screen.finish(
         {**result.summary, "run": str(run), "report": str(page)},
-        lambda: f"{text}\n\n{result.verdict}: see {page}",
+        lambda: f"{text()}\n\n{result.verdict}: see {page}",
     )

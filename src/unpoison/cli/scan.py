@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -336,11 +337,11 @@ def scan(
     from unpoison.report.as_sarif import scan_as_sarif
 
     page = out / "report.html"
-    text = _text(result, images, out)
+    text = partial(_text, result, images, out)
     write_formats(out, formats, text, lambda: scan_as_sarif(result))
     screen.finish(
         {**result.summary, "run": str(out), "report": str(page)},
-        lambda: f"{text}\n\n{result.verdict}: see {page}",
+        lambda: f"{text()}\n\n{result.verdict}: see {page}",
     )
     raise typer.Exit(0 if exit_zero and result.verdict == "poisoned" else EXIT_CODES[result.verdict])
 
