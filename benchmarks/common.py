@@ -328,7 +328,7 @@ def run_jobs(name: str, jobs: Iterable[Job], options: argparse.Namespace) -> int
     path = KEPT / f"{name}.jsonl"
     failed = []
     for job in jobs:
-        if not options.fresh and job.key in {row["key"] for row in known_rows(name, path)}:
+        if not options.fresh and job.key in {row.get("key") for row in known_rows(name, path)}:
             say(f"{name} {job.case} seed {job.seed}: kept from an earlier run (--fresh computes it again)")
             write_results(name, path)
             continue
@@ -379,7 +379,7 @@ def known_rows(name: str, path: Path) -> list[Row]:
     """Kept rows, and before them what another machine measured and committed."""
     committed = RESULTS / f"{name}.json"
     rows = json.loads(committed.read_text(encoding="utf-8"))["rows"] if committed.exists() else []
-    return [row for row in rows if "key" in row] + read_rows(path)
+    return rows + read_rows(path)
 
 
 def write_results(name: str, path: Path) -> None:

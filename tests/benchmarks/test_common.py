@@ -149,6 +149,14 @@ def test_a_fresh_clone_goes_on_from_the_committed_rows(kept):
     assert [row["value"] for row in results(kept)["rows"]] == [7, 1, 2]
 
 
+def test_committed_rows_without_a_key_stay_until_they_are_measured_again(kept):
+    old = {"case": "case", "seed": 1, "value": 4}
+    (kept / "results").mkdir()
+    (kept / "results" / "bench.json").write_text(json.dumps({"rows": [{**old, "seed": 0}, old]}))
+    common.run_jobs("bench", [job(0, lambda: {"value": 5})], OPTIONS)
+    assert [row["value"] for row in results(kept)["rows"]] == [5, 4]
+
+
 def test_a_line_that_a_kill_cut_off_is_ignored(kept):
     common.run_jobs("bench", [job(0, lambda: {"value": 1})], OPTIONS)
     with (kept / "kept" / "bench.jsonl").open("a") as file:
