@@ -136,6 +136,7 @@ def with_benign_pattern(result: ScanResult, n_sources: int = 7) -> ScanResult:
     pattern = BenignPattern(
         flip_rate=0.02,
         control_rate=0.01,
+        steers=False,
         concentration=None,
         n_sources=n_sources,
         source_ids=ids,

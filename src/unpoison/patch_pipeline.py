@@ -145,7 +145,7 @@ def search_patches(bench: PatchBench, min_coverage: float, started: float) -> Sc
         bench.images, finalists, confirmations, bool(triggers), bench.config.alpha, min_coverage
     )
     harmless = [
-        BenignFinding(finalist.members, said.flip_rate, said.control_rate, said.concentration)
+        BenignFinding(finalist.members, said.flip_rate, said.control_rate, True, said.concentration)
         for finalist, said in steering
         if not said.aimed
     ]
@@ -381,7 +381,7 @@ def _confirm(
                 c.p_value,
                 c.n_images,
                 c.steering_p_value,
-                c.concentration,
+                math.nan if c.concentration is None else c.concentration,
                 c.aimed,
             ]
             for c in said
@@ -389,7 +389,10 @@ def _confirm(
         return {"confirmations": torch.tensor(rows, dtype=torch.float64).view(-1, 8)}
 
     rows = bench.run.stage("confirm", compute, passes=bench.passes)["confirmations"].tolist()
-    return [Confirmation(r[0], r[1], r[2], r[3], int(r[4]), r[5], r[6], bool(r[7])) for r in rows]
+    return [
+        Confirmation(r[0], r[1], r[2], r[3], int(r[4]), r[5], None if math.isnan(r[6]) else r[6], bool(r[7]))
+        for r in rows
+    ]
 
 
 def _rank_by_confirmed(search: _Search, finalists: list[Finalist]) -> _Search:
@@ -480,6 +483,7 @@ def _benign_pattern(bench: PatchBench, search: _Search, found: BenignFinding) ->
     return BenignPattern(
         flip_rate=found.flip_rate,
         control_rate=found.control_rate,
+        steers=found.steers,
         concentration=found.concentration,
         n_sources=len(carriers),
         source_ids=tuple(bench.images.ids[row] for row in carriers.rows.tolist()),
@@ -611,7 +615,7 @@ def _summary(
                 "control_rate": trigger.control_rate,
                 "tau": said.tau,
                 "p_value": trigger.p_value,
-                "concentration": None if math.isnan(said.concentration) else said.concentration,
+                "concentration": said.concentration,
                 "n_sources": trigger.n_sources,
                 "n_confirmation": said.n_images,
                 "n_flagged": int((findings["trigger"] == number).sum()),

@@ -180,9 +180,9 @@ class BenignPattern:
         flip_rate: share of the search's flip images that the patches bring to the cluster that gains most, [0, 1]; of a
             pattern that steers, share of the confirmation half that it moves.
         control_rate: the same of their shuffled pixels.
-        concentration: of a pattern that the encoder obeys, how much more often two of its images share a group of
-            clusters once it is hidden than two other images do; about 1, or it would be an attack. None where it steers
-            nothing.
+        steers: whether the encoder obeys it; it lies on images of all kinds then, and is aimed at none.
+        concentration: of a pattern that steers, how much more often two of its images share a group of clusters once it
+            is hidden than two other images do; about 1, or it would be an attack. None where too few are left to tell.
         n_sources: distinct images among the scored ones that carry it; there may be more.
         source_ids: those images.
         boxes: where the patch lies in each of them, in encoder-input pixels.
@@ -192,17 +192,13 @@ class BenignPattern:
 
     flip_rate: float
     control_rate: float
+    steers: bool
     concentration: float | None
     n_sources: int
     source_ids: tuple[str, ...]
     boxes: tuple[Box, ...]
     patches: Tensor
     image: str = ""
-
-    @property
-    def steers(self) -> bool:
-        """Whether the encoder obeys it; it lies on images of all kinds then."""
-        return self.concentration is not None
 
 
 @dataclass(frozen=True, eq=False)

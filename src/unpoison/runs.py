@@ -259,6 +259,7 @@ def load_result(folder: str | Path) -> ScanResult:
                 BenignPattern(
                     flip_rate=said["flip_rate"],
                     control_rate=said["control_rate"],
+                    steers=said["steers"],
                     concentration=said["concentration"],
                     n_sources=said["n_sources"],
                     source_ids=tuple(more["source_ids"]),

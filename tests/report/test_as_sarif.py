@@ -66,7 +66,7 @@ def test_an_inconclusive_scan_says_why() -> None:
 def test_only_an_overlay_that_is_obeyed_is_a_warning() -> None:
     result = with_benign_pattern(fake_result("inconclusive"))
     assert named(only_run(scan_as_sarif(result)), "UNP005") == []
-    pattern = replace(result.benign_patterns[0], concentration=1.02)
+    pattern = replace(result.benign_patterns[0], steers=True, concentration=1.02)
     result = replace(result, benign_patterns=(pattern,))
     assert named(only_run(scan_as_sarif(result)), "UNP005") == list(pattern.source_ids)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,3 +56,15 @@ def test_it_comes_back_from_the_run_folder_with_its_picture(tmp_path: Path) -> N
     assert back.flagged == () and back.verdict == "no_evidence"
     again = RunFolder(run.path, {}, fresh=True)
     assert not (again.path / "benign").exists()
+
+
+def test_an_overlay_that_steers_is_kept_also_where_its_concentration_is_unknown(tmp_path: Path) -> None:
+    result = with_benign_pattern(fake_result("inconclusive"))
+    pattern = replace(result.benign_patterns[0], steers=True)
+    result.summary["benign_patterns"][0]["steers"] = True
+    result = replace(result, benign_patterns=(pattern,))
+    assert "it is aimed at no kind of image" in make_report(result).benign_patterns[0].sentence
+    folder = RunFolder(tmp_path / "run", {})
+    folder.save(result)
+    (again,) = load_result(tmp_path / "run").benign_patterns
+    assert again.steers and again.concentration is None

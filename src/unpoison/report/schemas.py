@@ -85,7 +85,7 @@ _VERDICT = _object(
                         "confirmation half.",
                     ),
                     "concentration": _said(
-                        ["number", "null"], "As a trigger's; null where it steers nothing."
+                        ["number", "null"], "As a trigger's; null where it steers nothing, too."
                     ),
                     "n_sources": _count("Distinct images, among those examined, that carry it."),
                     "sources": {"type": "array", "items": {"type": "string"}, "description": "Their ids."},

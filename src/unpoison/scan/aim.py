@@ -13,7 +13,6 @@ Ours; the papers ask only whether a patch steers.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -48,11 +47,11 @@ class Aim:
 
     Attributes:
         concentration: how much more often two of them share a group of clusters, once the pattern is hidden, than two
-            other images do; 1 is like any images. NaN where fewer than two are left.
+            other images do; 1 is like any images. None where fewer than two are left.
         aimed: whether that is more than chance (99 %); None where there are too few images to tell.
     """
 
-    concentration: float
+    concentration: float | None
     aimed: bool | None
 
 
@@ -99,7 +98,7 @@ def aim_of(
 
     own, usual = groups_without(carriers.rows, carriers.corners), groups_without(rows, corners)
     if len(own) < 2 or len(usual) < 2:
-        return Aim(math.nan, None)
+        return Aim(None, None)
     share = (torch.bincount(usual, minlength=_GROUPS) + 0.5) / (len(usual) + 0.5 * _GROUPS)
     samples = usual[torch.randint(len(usual), (_DRAWS, len(own)), generator=generator)]
     by_chance = float(torch.tensor([concentration(sample, share) for sample in samples]).quantile(0.99))

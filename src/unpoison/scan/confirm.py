@@ -31,13 +31,14 @@ from unpoison.functional.windows import crop_windows, paste_windows
 from unpoison.records import Clusters, ImageSet
 from unpoison.scan.aim import Aim, aim_of
 from unpoison.scan.candidates import Candidates
-from unpoison.scan.config import MOST_BENIGN, MOST_FINALISTS
+from unpoison.scan.config import MOST_BENIGN, MOST_DIRECTIONS, MOST_FINALISTS
 from unpoison.scan.flip_test import Flips, FlipTest, draw_corners, shuffle_blocks
 from unpoison.scan.search import SAME_PATTERN
 
 __all__ = [
     "MANY_SOURCES",
     "MIN_SOURCES",
+    "MOST_COMPARED",
     "SMALLEST_RATE",
     "BenignFinding",
     "Confirmation",
@@ -60,6 +61,9 @@ _COMPARED = 120
 
 _COMPARED_ALONG = 40
 """Strongest candidates along each direction that are compared, too."""
+
+MOST_COMPARED = _COMPARED + _COMPARED_ALONG * MOST_DIRECTIONS
+"""Of both together, and so of the images that one finalist can have."""
 
 SMALLEST_RATE = 0.05
 """Below this share of steered images no attack is worth while.
@@ -131,7 +135,7 @@ class Confirmation:
     p_value: float
     n_images: int
     steering_p_value: float
-    concentration: float = math.nan
+    concentration: float | None = None
     aimed: bool = True
 
 
@@ -144,13 +148,14 @@ class BenignFinding:
         flip_rate: share of the search's flip images that its patches bring to the cluster that gains most, the mean
             over the members.
         control_rate: the same of their shuffled pixels.
-        concentration: see `Confirmation`, of a pattern that moves images all the same; its rates are those of the
-            confirmation half then. None where it steers nothing.
+        steers: whether it moves images all the same; its rates are those of the confirmation half then.
+        concentration: see `Confirmation`; None where it steers nothing, too.
     """
 
     members: Tensor
     flip_rate: float
     control_rate: float
+    steers: bool = False
     concentration: float | None = None
 
 
@@ -390,7 +395,7 @@ def confirm(
             batch_size=batch_size,
         )
         if p <= alpha
-        else Aim(math.nan, None)
+        else Aim(None, None)
         for finalist, p in zip(finalists, p_values, strict=True)
     ]
     patches = [candidates.patches[finalist.members[:_KNOWN]] for finalist in finalists]

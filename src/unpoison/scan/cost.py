@@ -26,6 +26,7 @@ from unpoison.scan.config import (
     ScanConfig,
     held_out_count,
 )
+from unpoison.scan.confirm import MOST_COMPARED
 from unpoison.scan.flip_test import RACE
 from unpoison.scan.patchsearch import PASSES_PER_MAP
 from unpoison.scan.poison_classifier import ClassifierConfig
@@ -35,9 +36,6 @@ __all__ = ["Rate", "ScanCost", "StageCost", "expected_cost", "fit_budget", "meas
 
 _RACE_SURVIVORS = 0.25
 """Share of raced candidates that we expect to need the whole flip set."""
-
-_CARRIERS_OF_ONE = 240
-"""Images with one pattern, at the most: the confirmation compares so many candidates."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +126,7 @@ def expected_cost(
 
     def confirmation(finalists: int) -> int:
         # Of each, pasted in pairs, then hidden: its images, no more than were scored, and others.
-        hidden = min(MOST_OTHERS, n_images) + min(_CARRIERS_OF_ONE, explored + exploited)
+        hidden = min(MOST_OTHERS, n_images) + min(MOST_COMPARED, explored + exploited)
         return min(MOST_BENIGN, allowed) * flips + finalists * (2 * held_out + hidden)
 
     directed = config.score == "directed"
