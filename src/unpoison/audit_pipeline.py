@@ -21,7 +21,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from unpoison.audit.cost import audit_cost
 from unpoison.audit.decree import (
+    FEWEST_SHADOW_IMAGES,
     DecreeConfig,
     Inversion,
     Windows,
@@ -32,6 +34,7 @@ from unpoison.audit.decree import (
     mean_pairwise_cosine,
     own_collapse,
     scout,
+    too_few,
 )
 from unpoison.audit.reference import (
     Conditions,
@@ -50,14 +53,24 @@ from unpoison.data.sources import ImageSource, open_source
 from unpoison.encoders.checkpoints import as_encoder, save_tensors
 from unpoison.encoders.encoder import Encoder, Preprocessing
 from unpoison.encoders.extract import extract_features
+from unpoison.encoders.rate import Rate, measure_rate
 from unpoison.errors import ConfigError, DataError, NoVerdictError
-from unpoison.pipeline import Images
-from unpoison.records import ImageSet
+from unpoison.pipeline import Images, count_of
+from unpoison.records import ImageSet, StageCost
 from unpoison.report.audit_page import write_audit_report
 from unpoison.runs import MemoryRun, RunFolder, Stages
 from unpoison.runtime import Progress, silent, stage_generator
 
-__all__ = ["PAPER_THRESHOLD", "SHADOW_IMAGES", "SHIPPED_REFERENCE", "audit", "conditions_of", "load_audit"]
+__all__ = [
+    "PAPER_THRESHOLD",
+    "SHADOW_IMAGES",
+    "SHIPPED_REFERENCE",
+    "AuditPreview",
+    "audit",
+    "conditions_of",
+    "load_audit",
+    "preview_audit",
+]
 
 SHIPPED_REFERENCE = Path(__file__).parent / "audit" / "reference.json"
 """Figures of clean encoders that come along; benchmarks/zoo.py makes them."""
@@ -129,12 +142,7 @@ def audit(
     config = config or DecreeConfig()
     if not 0 < alpha < 0.5:
         raise ConfigError(f"alpha={alpha}: expected a false-alarm rate in (0, 0.5)")
-    if sample < 1:
-        raise ConfigError(f"sample={sample}: expected at least 1 image")
-    if second_opinion and config.faithful:
-        raise ConfigError(
-            "second_opinion contradicts faithful: it starts at windows, which DECREE has not; drop one"
-        )
+    _check(config, sample=sample, second_opinion=second_opinion)
     if max_seconds is not None:
         _check_time(max_seconds, second_opinion=second_opinion, add_to=add_to)
     tables = read_reference(SHIPPED_REFERENCE)
@@ -236,6 +244,72 @@ def audit(
         write_audit_report(folder.path, result)
         _save(folder.path, result)
     return result
+
+
+@dataclass(frozen=True)
+class AuditPreview:
+    """What an audit would cost.
+
+    Attributes:
+        n_images: that it would use; some may turn out unreadable.
+        stages: passes of each, as expected and at the most.
+        rate: of the encoder.
+        memory: bytes of the images.
+    """
+
+    n_images: int
+    stages: tuple[StageCost, ...]
+    rate: Rate
+    memory: int
+
+    @property
+    def expected(self) -> int:
+        """Passes, where the collapse is reached."""
+        return sum(stage.expected for stage in self.stages)
+
+    @property
+    def most(self) -> int:
+        """Passes that are never exceeded."""
+        return sum(stage.most for stage in self.stages)
+
+    @property
+    def seconds(self) -> float:
+        """Of the expected passes, at the encoder's rate."""
+        return self.expected / self.rate.images_per_second
+
+
+def preview_audit(
+    encoder: Encoder | nn.Module | str | Path,
+    images: Images | None = None,
+    *,
+    config: DecreeConfig | None = None,
+    second_opinion: bool = False,
+    preprocessing: Preprocessing | None = None,
+    sample: int = SHADOW_IMAGES,
+    device: str = "auto",
+    precision: str = "auto",
+    root: str | Path | None = None,
+    follow_links: bool = False,
+) -> AuditPreview:
+    """What an audit would cost: nothing is decoded or written, and the encoder is shown two batches of grey images.
+
+    Args and errors are those of `audit`.
+    """
+    config = config or DecreeConfig()
+    _check(config, sample=sample, second_opinion=second_opinion)
+    if isinstance(images, str | Path):
+        images = open_source(images, root=root, follow_links=follow_links)
+    suspect = as_encoder(encoder, preprocessing, device=device, precision=precision)
+    count = sample if images is None else min(sample, count_of(images))
+    if count < FEWEST_SHADOW_IMAGES:
+        raise too_few(count)
+    size = suspect.preprocessing.geometry.size
+    return AuditPreview(
+        n_images=count,
+        stages=audit_cost(config, count, size, second_opinion=second_opinion),
+        rate=measure_rate(suspect, min(config.batch_size, count)),
+        memory=count * 3 * size**2,
+    )
 
 
 def conditions_of(summary: Mapping[str, Any]) -> Conditions:
@@ -394,6 +468,15 @@ def _search(
         cut_short=cut_short,
         needed=needed,
     )
+
+
+def _check(config: DecreeConfig, *, sample: int, second_opinion: bool) -> None:
+    if sample < 1:
+        raise ConfigError(f"sample={sample}: expected at least 1 image")
+    if second_opinion and config.faithful:
+        raise ConfigError(
+            "second_opinion contradicts faithful: it starts at windows, which DECREE has not; drop one"
+        )
 
 
 def _check_time(max_seconds: float, *, second_opinion: bool, add_to: str | Path | None) -> None:

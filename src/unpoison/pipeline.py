@@ -28,6 +28,7 @@ from unpoison.detector_pipeline import (
 )
 from unpoison.encoders.checkpoints import as_encoder, load_encoder, save_encoder
 from unpoison.encoders.encoder import Encoder, Preprocessing
+from unpoison.encoders.rate import Rate, measure_rate
 from unpoison.errors import ConfigError, NothingToScanError
 from unpoison.patch_pipeline import GLOBAL_TRIGGERS, PatchBench, search_patches
 from unpoison.pretrain.loop import PretrainConfig, pretrain
@@ -36,12 +37,12 @@ from unpoison.report.folder import write_report
 from unpoison.runs import MemoryRun, RunFolder, Stages, load_result
 from unpoison.runtime import Progress, silent
 from unpoison.scan.config import SCREEN_SHARE, ScanConfig
-from unpoison.scan.cost import Rate, ScanCost, expected_cost, fit_budget, measure_rate
+from unpoison.scan.cost import ScanCost, expected_cost, fit_budget
 from unpoison.scan.detector import Detector
 from unpoison.scan.power import power_statement
 from unpoison.scan.spectral_dct import SpectralDctConfig, Waves, find_waves
 
-__all__ = ["FEWEST_IMAGES", "Images", "Preview", "preview", "scan"]
+__all__ = ["FEWEST_IMAGES", "Images", "Preview", "count_of", "preview", "scan"]
 
 Opened = ImageSource | ImageSet | Tensor | Sequence[str | Path]
 Images = str | Path | Opened
@@ -292,7 +293,7 @@ def preview(
         None if encoder is None else as_encoder(encoder, preprocessing, device=device, precision=precision)
     )
     geometry = given.preprocessing.geometry if given else _own_geometry(source, image_size)
-    count = min(n for n in (_count(source), limit, sample) if n is not None)
+    count = min(n for n in (count_of(source), limit, sample) if n is not None)
     if count < FEWEST_IMAGES:
         raise NothingToScanError(f"{count} images: a scan needs at least {FEWEST_IMAGES}")
     resolved = config.resolve(count, geometry.size)
@@ -301,7 +302,7 @@ def preview(
     batch = batch_size or (512 if given is None else _usual_batch(given))
     rate = None if given is None else measure_rate(given, min(batch, count))
     if config.by_detector:
-        like = count if auxiliary is None else _count(_opened(auxiliary, root, follow_links, None))
+        like = count if auxiliary is None else count_of(_opened(auxiliary, root, follow_links, None))
         cost = detector_cost(resolved, count, 0 if detector is not None else like, geometry.size)
         power = "a detector judges images one by one; docs/detectors.md says what each misses"
     else:
@@ -359,7 +360,8 @@ def _opened(
     return images
 
 
-def _count(source: Opened) -> int:
+def count_of(source: Opened) -> int:
+    """Images that a source names; some may turn out unreadable."""
     return len(source.ids if isinstance(source, ImageSource) else source)
 
 
@@ -439,7 +441,7 @@ def _with_screen(found: ScanResult, waves: Waves | None, config: ScanConfig) -> 
 
 def _of_a_part(result: ScanResult, source: Opened, wanted: int | None) -> ScanResult:
     """The result; what `limit` or `sample` left out is named among what was not tested."""
-    left = 0 if wanted is None else _count(source) - wanted
+    left = 0 if wanted is None else count_of(source) - wanted
     if left <= 0:
         return result
     scope = result.summary["scope"]

@@ -24,6 +24,7 @@ __all__ = [
     "ImageSet",
     "ScanResult",
     "Skipped",
+    "StageCost",
     "TriggerFinding",
     "Verdict",
 ]
@@ -37,6 +38,15 @@ class Skipped:
 
     id: str
     reason: str
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """Passes of one stage: as expected, and at the most."""
+
+    name: str
+    expected: int
+    most: int
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,21 @@ def pictures(tmp_path, picture):
     return folder
 
 
+def test_a_dry_run_prints_the_cost_and_writes_nothing(run, encoder, pictures, tmp_path):
+    out = tmp_path / "run"
+    done = run("audit", encoder, "--images", pictures, "--out", out, *QUICK, "--dry-run")
+    assert done.exit_code == 0, done.output
+    assert "Encoder passes for 40 images" in done.stdout and "time: about" in done.stdout
+    said = json.loads(
+        run("audit", encoder, "--images", pictures, "--out", out, *QUICK, "--dry-run", "--json").stdout
+    )
+    assert not out.exists() and said["n_images"] == 40 and said["passes_per_second"] > 0
+    taken = json.loads(run("audit", encoder, "--images", pictures, "--out", out, *QUICK, "--json").stdout)
+    assert said["expected_passes"] <= taken["encoder_passes"] <= said["most_passes"]
+    few = run("audit", encoder, "--out", out, "--sample", "20", "--dry-run")
+    assert few.exit_code == 4 and "20 readable images: an audit needs at least 32" in few.stderr
+
+
 def test_an_audit_without_a_reference_is_4_and_writes_its_files(run, encoder, pictures, tmp_path):
     out = tmp_path / "run"
     done = run("audit", encoder, "--images", pictures, "--out", out, *QUICK, "--json")

@@ -208,7 +208,8 @@ def test_a_detector_gets_its_parts_and_no_encoder_is_trained(run, scanning, imag
 @pytest.fixture
 def previewing(replace_module):
     """Make `unpoison.pipeline.preview` give a small scan's, with or without an encoder; returns its calls."""
-    from unpoison.scan.cost import Rate, expected_cost
+    from unpoison.encoders.rate import Rate
+    from unpoison.scan.cost import expected_cost
 
     def forbidden(*_, **__):
         raise AssertionError("nothing may run")

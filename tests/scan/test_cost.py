@@ -12,7 +12,7 @@ from toys import planted_encoder
 from unpoison.errors import ConfigError
 from unpoison.functional.windows import grid_masks
 from unpoison.scan.config import ScanConfig
-from unpoison.scan.cost import ScanCost, expected_cost, fit_budget, measure_rate
+from unpoison.scan.cost import ScanCost, expected_cost, fit_budget
 from unpoison.scan.poison_classifier import ClassifierConfig
 from unpoison.scan.poisoncam import sharpen_windows
 from unpoison.scan.search import n_scored
@@ -87,13 +87,6 @@ def test_classifier_and_memory_are_counted() -> None:
     unfiltered = cost(1000, filter_steps=0)
     assert (unfiltered.classifier_trained, unfiltered.classifier_judged) == (0, 0)
     assert cost(1000, filter_steps=7).classifier_trained == config.networks * 7 * config.batch_size
-
-
-def test_timing_a_batch_leaves_the_count_alone() -> None:
-    encoder = planted_encoder()
-    rate = measure_rate(encoder, 16)
-    assert rate.images_per_second > 0 and rate.features == 55 and rate.memory is None
-    assert encoder.images_shown == 0
 
 
 @pytest.mark.parametrize("share", [1.0, 0.7, 0.5, 0.35])

@@ -27,6 +27,7 @@ from unpoison.runtime import Progress, autocast, silent
 
 __all__ = [
     "FEWEST_SHADOW_IMAGES",
+    "FORWARD_AND_BACKWARD",
     "DecreeConfig",
     "Goal",
     "Inversion",
@@ -37,9 +38,15 @@ __all__ = [
     "invert",
     "mean_pairwise_cosine",
     "own_collapse",
+    "passes_of_scout",
+    "passes_of_start",
     "scout",
     "smallest_trigger",
+    "too_few",
 ]
+
+FORWARD_AND_BACKWARD = 3
+"""Passes that a step counts for per image; the backward pass costs about two forward ones."""
 
 FEWEST_SHADOW_IMAGES = 32
 """Below this, collapse on a few images says nothing about others."""
@@ -47,7 +54,6 @@ FEWEST_SHADOW_IMAGES = 32
 _COLLAPSED = 0.999
 """Mean cosine of clean images from which an encoder cannot tell images apart, so that nothing is left to collapse."""
 
-_FORWARD_AND_BACKWARD = 3  # passes; the backward pass costs about two forward ones
 _BETAS = (0.5, 0.9)  # of Adam
 
 # Of the windows: side, as a share of the image's; rate of their patterns; batches over which the collapse is averaged.
@@ -192,17 +198,14 @@ def scout(
         stage: what `progress` calls this.
         progress: told (stage, window, windows).
     """
-    size = images.shape[-1]
-    side = max(2, round(_WINDOW * size))
-    places = torch.linspace(0, size - side, 1 + -(-(size - side) // max(1, side // 2))).round().long()
-    corners = torch.cartesian_prod(places, places)
+    corners, side = _corners(images.shape[-1])
     patterns, collapse = [], []
     for number, (top, left) in enumerate(corners.tolist()):
         logits = _random_logits((3, side, side), generator).to(encoder.device).requires_grad_()
         optimiser = torch.optim.Adam([logits], lr=_SCOUT_RATE, betas=_BETAS)
         reached = []
         for _ in range(config.scout_steps):
-            rows = torch.randperm(len(images), generator=generator)[: config.batch_size // 2 + 1]
+            rows = torch.randperm(len(images), generator=generator)[: _scouted(config)]
             stamped = images[rows].to(encoder.device).float() / 255
             stamped[:, :, top : top + side, left : left + side] = torch.sigmoid(2 * logits)
             value = _collapse(_units(encoder, stamped))
@@ -303,6 +306,28 @@ def smallest_trigger(
     return search.run(_mended(search, config), config.steps, time_is_over, stage, progress)
 
 
+def too_few(n_images: int) -> NoVerdictError:
+    """The error of an audit with fewer than `FEWEST_SHADOW_IMAGES`."""
+    return NoVerdictError(
+        f"{n_images} readable images: an audit needs at least {FEWEST_SHADOW_IMAGES}; name more"
+    )
+
+
+def passes_of_scout(config: DecreeConfig, count: int, size: int) -> tuple[int, int]:
+    """What `scout` takes with so many images of a size: how many windows, and passes in all."""
+    windows = len(_corners(size)[0])
+    return windows, windows * config.scout_steps * FORWARD_AND_BACKWARD * min(_scouted(config), count)
+
+
+def passes_of_start(config: DecreeConfig, count: int, size: int) -> int:
+    """The most that one start takes with so many images of a size; patience may end it far earlier."""
+    batch_size = _schedule(size).batch_size if config.faithful else config.batch_size
+    steps = _schedule(size).most_steps(count) if config.faithful else config.steps
+    epoch = [len(rows) for rows in _batches(count, batch_size, torch.Generator())]
+    epochs, more = divmod(steps, len(epoch))
+    return FORWARD_AND_BACKWARD * (epochs * sum(epoch) + sum(epoch[:more]))
+
+
 def own_collapse(encoder: Encoder, images: Tensor, *, batch_size: int = 256) -> float:
     """Mean pairwise cosine of the features of clean images: what collapse must be measured against.
 
@@ -385,13 +410,23 @@ def hold_out(images: ImageSet, generator: torch.Generator) -> tuple[Tensor, Tens
     """
     n = len(images)
     if n < FEWEST_SHADOW_IMAGES:
-        raise NoVerdictError(
-            f"{n} readable images: an audit needs at least {FEWEST_SHADOW_IMAGES}; name more"
-        )
+        raise too_few(n)
     order = torch.randperm(n, generator=generator)
     held = order[: n // 4].sort().values
     searched = order[n // 4 :].sort().values
     return images.pixels[searched], images.pixels[held]
+
+
+def _corners(size: int) -> tuple[Tensor, int]:
+    """(P, 2) top and left of the windows that cover an image of a size, half a window apart, and their side."""
+    side = max(2, round(_WINDOW * size))
+    places = torch.linspace(0, size - side, 1 + -(-(size - side) // max(1, side // 2))).round().long()
+    return torch.cartesian_prod(places, places), side
+
+
+def _scouted(config: DecreeConfig) -> int:
+    """Images per step of a window."""
+    return config.batch_size // 2 + 1
 
 
 # --- One start -------------------------------------------------------------------------------------------------------
@@ -501,7 +536,7 @@ def _units(encoder: Encoder, stamped: Tensor) -> Tensor:
     """Unit features with gradients; counts the passes."""
     with autocast(encoder.device, encoder.precision):
         output = encoder.network(encoder.normalise(stamped))
-    encoder.images_shown += _FORWARD_AND_BACKWARD * len(stamped)
+    encoder.images_shown += FORWARD_AND_BACKWARD * len(stamped)
     return F.normalize(output.float(), dim=1)
 
 

@@ -17,14 +17,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unpoison.audit.decree import DecreeConfig, Inversion, Windows, smallest_trigger
+from unpoison.audit.decree import FORWARD_AND_BACKWARD, DecreeConfig, Inversion, Windows, smallest_trigger
 from unpoison.encoders.encoder import Encoder
 from unpoison.encoders.extract import raw_features
 from unpoison.errors import ConfigError
 from unpoison.functional.clustering import assign, kmeans
 from unpoison.runtime import Progress, silent
 
-__all__ = ["OUTLIER", "Needed", "SslCleanseConfig", "anomaly_index", "cleanse", "smallest_to"]
+__all__ = [
+    "OUTLIER",
+    "Needed",
+    "SslCleanseConfig",
+    "anomaly_index",
+    "cleanse",
+    "passes_of_cleanse",
+    "smallest_to",
+]
 
 OUTLIER = 2.0
 """Anomaly index above which the paper calls an encoder backdoored."""
@@ -180,6 +188,12 @@ def smallest_to(
         stage=stage,
         progress=progress,
     )
+
+
+def passes_of_cleanse(config: SslCleanseConfig, count: int, windows: int) -> int:
+    """The most that `cleanse` takes with so many images and windows."""
+    shown = FORWARD_AND_BACKWARD * config.steps * min(config.batch_size, count)
+    return count + windows * min(_SHOWN, count) + min(config.clusters, count) * shown
 
 
 def anomaly_index(mask_shares: Tensor) -> float:

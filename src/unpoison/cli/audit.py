@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,6 +23,9 @@ from unpoison.cli.options import (
 )
 from unpoison.cli.scan import EXIT_CODES
 from unpoison.cli.screen import Screen, log_into
+
+if TYPE_CHECKING:
+    from unpoison.audit_pipeline import AuditPreview
 
 __all__ = ["app"]
 
@@ -97,6 +100,9 @@ def audit(
             show_default=False,
         ),
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print expected passes, time and memory; write nothing.")
+    ] = False,
     exit_zero: Annotated[
         bool, typer.Option("--exit-zero", help="Return 0 also when the encoder is backdoored.")
     ] = False,
@@ -160,6 +166,18 @@ def audit(
     screen.note(f"the encoder is {suspect.name}")
     if suspect.preprocessing.assumed:
         screen.note("the encoder's normalisation or input size is assumed, not known; the report says so")
+    if dry_run:
+        seen = audit_pipeline.preview_audit(
+            suspect,
+            images,
+            config=config,
+            second_opinion=second_opinion,
+            sample=sample,
+            root=root,
+            follow_links=follow_links,
+        )
+        screen.finish(_preview_summary(seen), lambda: _preview_text(seen, screen))
+        return
     with log_into(out), screen.progress() as progress:
         result = audit_pipeline.audit(
             suspect,
@@ -190,3 +208,29 @@ def audit(
         lambda: f"{text()}\n\n{result.verdict}: see {page}",
     )
     raise typer.Exit(0 if exit_zero and result.verdict == "poisoned" else EXIT_CODES[result.verdict])
+
+
+def _preview_summary(seen: AuditPreview) -> dict[str, Any]:
+    return {
+        "schema": 1,
+        "n_images": seen.n_images,
+        "passes": {s.name: {"expected": s.expected, "most": s.most} for s in seen.stages},
+        "expected_passes": seen.expected,
+        "most_passes": seen.most,
+        "passes_per_second": round(seen.rate.images_per_second, 1),
+        "expected_seconds": round(seen.seconds, 1),
+        "memory": seen.memory,
+        "device_memory": seen.rate.memory,
+    }
+
+
+def _preview_text(seen: AuditPreview, screen: Screen) -> str:
+    lines = [
+        screen.passes(seen.n_images, seen.stages),
+        f"time: about {seen.seconds:,.0f} s, at {seen.rate.images_per_second:,.0f} passes/s; a step, forward and "
+        "backward, counts as three",
+        f"memory: {seen.memory / 2**20:,.0f} MiB for the images, without the network",
+    ]
+    if seen.rate.memory is not None:
+        lines.append(f"memory of the device: {seen.rate.memory / 2**20:,.0f} MiB")
+    return "\n".join(lines)

@@ -383,11 +383,7 @@ def _preview_summary(seen: Any) -> dict[str, Any]:
 
 def _preview_text(seen: Any, screen: Screen) -> str:
     cost = seen.cost
-    rows = [[s.name, f"{s.expected:,}", f"{s.most:,}"] for s in cost.stages]
-    rows.append(["total", f"{cost.expected:,}", f"{cost.most:,}"])
-    lines = [
-        screen.table(f"Encoder passes for {seen.n_images:,} images", ["stage", "expected", "at most"], rows)
-    ]
+    lines = [screen.passes(seen.n_images, cost.stages)]
     if seen.rate is None and seen.pretraining:
         lines.append(
             f"first an encoder is trained: {seen.pretraining:,} images; the speed is not known before"

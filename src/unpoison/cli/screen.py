@@ -6,13 +6,14 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 if TYPE_CHECKING:
+    from unpoison.records import StageCost
     from unpoison.runtime import Progress
 
 __all__ = ["HEARTBEAT", "Screen", "complain", "log_into", "printable", "read_ids"]
@@ -66,6 +67,13 @@ class Screen:
         elif not self.quiet:
             for line in (text if isinstance(text, str) else text()).split("\n"):
                 typer.echo(printable(line))
+
+    def passes(self, n_images: int, stages: Sequence[StageCost]) -> str:
+        """What a dry run says of every stage, and of all."""
+        rows = [(stage.name, stage.expected, stage.most) for stage in stages]
+        rows.append(("total", sum(row[1] for row in rows), sum(row[2] for row in rows)))
+        cells = [[name, f"{expected:,}", f"{most:,}"] for name, expected, most in rows]
+        return self.table(f"Encoder passes for {n_images:,} images", ["stage", "expected", "at most"], cells)
 
     def table(self, title: str, columns: list[str], rows: list[list[str]]) -> str:
         """A table as text, as wide as the terminal allows."""

@@ -1,4 +1,4 @@
-"""What will a scan cost? Passes per stage from the settings alone, time from one timed batch, memory.
+"""What will a scan cost? Passes per stage from the settings alone, and memory.
 
 Passes are counted by the formulas of docs/methods.md. Two things are not known before a scan: how many directions the
 candidates elect, and how many patterns become finalists. `expected` takes one of each, as in a scan that finds one
@@ -7,14 +7,11 @@ trigger; `most` takes as many as there can be, and is never exceeded. A scan tha
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, replace
 
-import torch
-
-from unpoison.encoders.encoder import Encoder
 from unpoison.errors import ConfigError
 from unpoison.functional.windows import grid_masks
+from unpoison.records import StageCost
 from unpoison.scan.config import (
     CARRIERS,
     MOST_BENIGN,
@@ -32,19 +29,10 @@ from unpoison.scan.patchsearch import PASSES_PER_MAP
 from unpoison.scan.poison_classifier import ClassifierConfig
 from unpoison.scan.search import n_scored
 
-__all__ = ["Rate", "ScanCost", "StageCost", "expected_cost", "fit_budget", "measure_rate"]
+__all__ = ["ScanCost", "expected_cost", "fit_budget"]
 
 _RACE_SURVIVORS = 0.25
 """Share of raced candidates that we expect to need the whole flip set."""
-
-
-@dataclass(frozen=True)
-class StageCost:
-    """Passes of one stage: as expected, and at the most."""
-
-    name: str
-    expected: int
-    most: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,21 +62,6 @@ class ScanCost:
     def most(self) -> int:
         """Encoder passes that are never exceeded."""
         return sum(stage.most for stage in self.stages)
-
-
-@dataclass(frozen=True)
-class Rate:
-    """What one timed batch says of an encoder.
-
-    Attributes:
-        images_per_second: shown to it.
-        features: D, columns of its features.
-        memory: bytes that a GPU needed at its peak; None on a CPU.
-    """
-
-    images_per_second: float
-    features: int
-    memory: int | None
 
 
 def expected_cost(
@@ -197,29 +170,6 @@ def _sharpening_steps(window: int) -> int:
     while step > 1:
         step, rounds = -(-step // 2), rounds + 1
     return rounds
-
-
-def measure_rate(encoder: Encoder, batch_size: int) -> Rate:
-    """Time one batch, after one that warms up.
-
-    Args:
-        encoder: shown 2 `batch_size` grey images, which do not count in `images_shown`.
-        batch_size: images per pass.
-    """
-    size, shown = encoder.preprocessing.geometry.size, encoder.images_shown
-    pixels = torch.full((batch_size, 3, size, size), 128, dtype=torch.uint8)
-    on_gpu = encoder.device.type == "cuda"
-    seconds, columns = 0.0, 0
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats(encoder.device)
-    for _ in range(2):
-        start = time.perf_counter()
-        features = encoder.features(pixels)
-        columns = features[:1].cpu().shape[1]  # waits until the device is done
-        seconds = time.perf_counter() - start
-    encoder.images_shown = shown
-    memory = torch.cuda.max_memory_allocated(encoder.device) if on_gpu else None
-    return Rate(batch_size / max(seconds, 1e-9), columns, memory)
 
 
 def fit_budget(config: ScanConfig, n_images: int, image_size: int, max_passes: int) -> ScanConfig:
