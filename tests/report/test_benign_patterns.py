@@ -32,6 +32,24 @@ def test_page_and_terminal_tell_of_it(verdict: str) -> None:
     assert "such as class/0033.png" in as_text(report)
 
 
+def test_the_terminal_tells_of_one_at_length_and_of_those_like_it_in_a_line() -> None:
+    result = with_benign_pattern(fake_result("no_evidence"))
+    (one,) = result.benign_patterns
+    others = [
+        replace(one, n_sources=n, flip_rate=0.03 * n, control_rate=0.2, source_ids=(f"x/{n}.png",))
+        for n in (2, 3)
+    ]
+    steering = replace(one, steers=True, source_ids=("mark.png",))
+    text = as_text(make_report(replace(result, benign_patterns=(one, *others, steering))), width=1000)
+    assert text.count("No alarm: recurring pattern") == 2 and "such as mark.png" in text
+    assert (
+        "2 more like it, each in at most 3 of the images: pasted they moved at most 9%, and shuffled 20%."
+        in text
+    )
+    assert "such as x/2.png, x/3.png" in text
+    assert as_html(make_report(replace(result, benign_patterns=(one, *others)))).count('id="pattern-') == 3
+
+
 def test_without_one_nothing_is_said() -> None:
     report = make_report(fake_result("no_evidence"))
     assert report.benign_patterns == () and "steers nothing" not in as_html(report) + as_text(report)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 
-from unpoison.report.document import Report
+from unpoison.report.document import BenignSection, Report, percent
 
 __all__ = ["as_text"]
 
@@ -23,9 +24,7 @@ def as_text(report: Report, *, width: int = 100) -> str:
     for trigger in report.triggers:
         lines += ["", *_paragraph(f"Trigger {trigger.number}. {trigger.sentence}", width)]
         lines += [f"  in {trigger.n_sources} images, such as {trigger.sources[0]}"] if trigger.sources else []
-    for pattern in report.benign_patterns:
-        lines += ["", *_paragraph(f"No alarm: recurring pattern {pattern.number}. {pattern.sentence}", width)]
-        lines += [f"  such as {pattern.sources[0]}"]
+    lines += _benign(report.benign_patterns, width)
     if report.n_skipped:
         lines += ["", f"Skipped, which is not the same as clean ({report.n_skipped}):"]
         lines += [f"  {fact.name}: {fact.value}" for fact in report.skipped[:_FEW]]
@@ -38,6 +37,23 @@ def as_text(report: Report, *, width: int = 100) -> str:
         lines += _paragraph(step.text, width, "  - ")
         lines += [f"      {step.command}"] if step.command else []
     return "\n".join(lines)
+
+
+def _benign(patterns: Sequence[BenignSection], width: int) -> list[str]:
+    """What recurs and is no attack; only the first of those that steer nothing at length."""
+    idle = [pattern for pattern in patterns if not pattern.steers]
+    lines = []
+    for pattern in [*(pattern for pattern in patterns if pattern.steers), *idle[:1]]:
+        lines += ["", *_paragraph(f"No alarm: recurring pattern {pattern.number}. {pattern.sentence}", width)]
+        lines += [f"  such as {pattern.sources[0]}"]
+    if more := idle[1:]:
+        said = (
+            f"{len(more)} more like it, each in at most {max(p.n_sources for p in more)} of the images: pasted they "
+            f"moved at most {percent(max(p.flip_rate for p in more))}, and shuffled "
+            f"{percent(max(p.control_rate for p in more))}."
+        )
+        lines += ["", *_paragraph(said, width), f"  such as {', '.join(p.sources[0] for p in more[:_FEW])}"]
+    return lines
 
 
 def _paragraph(text: str, width: int, start: str = "") -> list[str]:

@@ -109,6 +109,8 @@ class BenignSection:
     Attributes:
         number: from 1; as in benign/pattern-1.png.
         sentence: what was seen of it.
+        steers: whether the encoder obeys it.
+        flip_rate, control_rate: shares of images moved by the pattern and by its shuffled pixels, [0, 1].
         sheet: all patches beside each other.
         sources: ids that carry it; shortened for display.
         n_sources: how many there are, shown or not.
@@ -116,6 +118,9 @@ class BenignSection:
 
     number: int
     sentence: str
+    steers: bool
+    flip_rate: float
+    control_rate: float
     sheet: Picture
     sources: tuple[str, ...]
     n_sources: int
@@ -543,6 +548,9 @@ def _benign_section(number: int, pattern: BenignPattern) -> BenignSection:
     return BenignSection(
         number=number,
         sentence=sentence,
+        steers=pattern.steers,
+        flip_rate=pattern.flip_rate,
+        control_rate=pattern.control_rate,
         sheet=trigger_sheet(pattern.patches, columns=12, side=64, most=48),
         sources=tuple(shorten(id) for id in pattern.source_ids[:MOST_NAMES]),
         n_sources=pattern.n_sources,
