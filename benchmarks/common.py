@@ -152,8 +152,8 @@ def attack_of(case: Case, seed: int) -> PatchAttackConfig:
     )
 
 
-def run_case(case: Case, seed: int, options: argparse.Namespace) -> Row:
-    """Train, evaluate and scan; everything that the tables need, as plain JSON values."""
+def run_case(case: Case, seed: int, options: argparse.Namespace, known: Mapping[str, Row]) -> Row:
+    """Train, evaluate and scan, but for the scans that are known; everything that the tables need, as JSON values."""
     train, test = load_split(case.data, "train"), load_split(case.data, "test")
     attack = attack_of(case, seed)
     trigger = make_triggers(attack, train.class_names)[0]
@@ -170,6 +170,9 @@ def run_case(case: Case, seed: int, options: argparse.Namespace) -> Row:
         say(f"victim: {brief(row['victim'])}")
     row["scans"] = {}
     for name, config in case.scans.items():
+        if name in known:
+            row["scans"][name] = known[name]
+            continue
         row["scans"][name] = scan_once(images, encoder, config, plan, seed)
         say(f"scan by {name}: {brief(row['scans'][name])}")
     return row
@@ -277,6 +280,9 @@ def parse(description: str | None, seeds: Sequence[int], cases: Sequence[str] = 
     parser.add_argument(
         "--fresh", action="store_true", help="compute these rows again; kept encoders are used"
     )
+    parser.add_argument(
+        "--scans", nargs="+", metavar="NAME", help="with --fresh: only these; the row keeps its others"
+    )
     parser.add_argument("--retrain", action="store_true", help="train the encoders again, too")
     if cases:
         parser.add_argument(
@@ -294,13 +300,22 @@ def run(name: str, cases: Sequence[Case], options: argparse.Namespace) -> int:
             case.name,
             seed,
             settings_of(case, seed),
-            lambda case=case, seed=seed: run_case(case, seed, options),
+            lambda case=case, seed=seed: run_case(
+                case, seed, options, other_scans(name, case, seed, options)
+            ),
         )
         for seed in options.seeds
         for case in cases
         if case.name in getattr(options, "cases", [case.name])
     ]
     return run_jobs(name, jobs, options)
+
+
+def other_scans(name: str, case: Case, seed: int, options: argparse.Namespace) -> Mapping[str, Row]:
+    """What the newest row has of scans that `--scans` does not name."""
+    rows = known_rows(name, KEPT / f"{name}.jsonl") if options.scans else []
+    newest = [row["scans"] for row in rows if (row["case"], row["seed"]) == (case.name, seed)][-1:]
+    return {scan: said for scans in newest for scan, said in scans.items() if scan not in options.scans}
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import common
 
 from fakes import fake_result
 
-OPTIONS = argparse.Namespace(threads=1, device="cpu", fresh=False, retrain=False)
+OPTIONS = argparse.Namespace(threads=1, device="cpu", fresh=False, retrain=False, scans=None)
 DATA = common.Data(folder="shapes", size=16, classes=2, train=12, test=6)
 VICTIM = common.PretrainConfig(epochs=1, batch_size=8, width=8)
 CASE = common.Case(name="tiny", data=DATA, victim=VICTIM, side=4)
@@ -105,8 +105,21 @@ def test_a_clean_case_scans_the_control(shapes, kept, monkeypatch):
     monkeypatch.setattr(
         common, "scan_once", lambda *arguments: {"plan": arguments[3], "verdict": "no_evidence"}
     )
-    row = common.run_case(replace(CASE, poisoned=False), 0, OPTIONS)
+    row = common.run_case(replace(CASE, poisoned=False), 0, OPTIONS, {})
     assert "victim" not in row and row["scans"]["mask"]["plan"] is None
+
+
+def test_single_scans_are_made_again_and_the_others_kept(shapes, kept, monkeypatch):
+    calls = []
+    monkeypatch.setattr(common, "scan_once", lambda *_: calls.append(1) or {"number": len(calls)})
+    case = replace(CASE, poisoned=False)
+    options = argparse.Namespace(**vars(OPTIONS), seeds=[0])
+    assert common.run("bench", [case], options) == 0
+    options.fresh, options.scans = True, ["mask"]
+    assert common.run("bench", [case], options) == 0
+    said = results(kept)["rows"][0]["scans"]
+    assert len(calls) == 5 and list(said) == list(common.SCANS)
+    assert [scan["number"] for scan in said.values()] == [5, 2, 3, 4]
 
 
 def test_finished_rows_are_kept_and_a_failure_costs_no_other(kept, capsys):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -20,7 +22,7 @@ from unpoison.scan.poison_classifier import (
 
 WINDOW = 9
 # Sides near the trigger's own, and whole images only: learned in a second.
-EASY = {"whole_images": 1.0, "smallest_side": 0.2, "largest_side": 0.32, "learning_rate": 0.02}
+EASY = {"whole_images": 1.0, "smallest_side": 0.2, "largest_side": 0.32}
 SMALL = ClassifierConfig(networks=2, iterations=120, batch_size=32, width=8, **EASY)
 BRIEF = ClassifierConfig(networks=2, iterations=3, batch_size=8, width=4)
 
@@ -108,6 +110,16 @@ def test_the_same_seed_gives_the_same_classifier_and_nothing_else_changes(materi
     assert torch.equal(torch.get_rng_state(), state)
     after = material.images.pixels, material.patches, material.base
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_a_member_is_half_a_network_and_a_published_one_whole(material) -> None:
+    ours = material.train(BRIEF).networks[0]
+    published = material.train(replace(BRIEF, faithful=True)).networks[0]
+    count = [sum(isinstance(part, nn.Conv2d) for part in network.modules()) for network in (ours, published)]
+    assert count == [1 + 2 + 3, 1 + 2 + 3 * 3]
+    # The most suspicious place decides, not the mean over all.
+    image = torch.randn(1, 3, SIZE, SIZE, generator=generator())
+    assert torch.equal(ours[:-1](image), ours[:-3](image).amax(dim=(2, 3)))
 
 
 def test_it_works_without_innocent_patches_and_without_sources(material) -> None:

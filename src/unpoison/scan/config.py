@@ -83,7 +83,7 @@ class ScanConfig:
         prune: share of the clusters dropped per round, (0, 1).
         exploit: images examined again, or anew, along the trigger direction.
         top_k: patches that train the classifier.
-        filter_steps: of each network of the classifier, at most. None: 120, or 2000 with `faithful`. 0 trains none:
+        filter_steps: of each network of the classifier, at most. None: 80, or 2000 with `faithful`. 0 trains none:
             then only those images are flagged that confirmed windows were cut from.
         alpha: allowed false-alarm rate of the verdict, (0, 0.5).
         faithful: run the search as published: random masks, equation 2, no control patches, the whole flip set,
