@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unpoison.errors import ShapeError
-from unpoison.functional.matching import duplicate_images, patch_similarity
+from unpoison.functional.matching import duplicate_images, patch_similarity, surroundings_similarity
+from unpoison.functional.windows import crop_windows, paste_windows
 
 
 def patches(n: int, side: int, seed: int = 0) -> Tensor:
@@ -144,3 +145,43 @@ def test_more_agreement_can_be_asked_for() -> None:
     loose, strict = patch_similarity(windows), patch_similarity(windows, agreeing=0.7)
     assert (strict <= loose).all() and int((strict > 0.5).sum()) < int((loose > 0.5).sum())
     assert float(strict[0, 1]) == float(loose[0, 1])  # the same pixels, a step apart
+
+
+# --- What lies around windows ----------------------------------------------------------------------------------------
+
+
+def around(side: int, size: int, **changes: Tensor) -> Tensor:
+    """Six pictures with one pattern: three crops of one scene, moved by a pixel, and three others."""
+    generator = torch.Generator().manual_seed(2)
+    scene = F.interpolate(torch.rand(1, 3, 12, 12, generator=generator) * 255, 2 * size, mode="bilinear")[0]
+    scene[:, size : size + side, size : size + side] = torch.rand(3, side, side, generator=generator) * 255
+    starts = torch.tensor([(size // 2, size // 2), (size // 2 + 1, size // 2), (size // 2, size // 2 + 1)])
+    crops = torch.stack([scene[:, y : y + size, x : x + size] for y, x in starts.tolist()])
+    corners = torch.cat((size - starts, size // 2 - torch.tensor([[0, 0], [3, 1], [2, 5]])))
+    others = torch.rand(3, 3, size, size, generator=generator) * 255
+    patches = crop_windows(crops[:1], corners[:1], side).expand(3, -1, -1, -1)
+    images = torch.cat((crops, paste_windows(others, patches, corners[3:]))).to(torch.uint8)
+    return surroundings_similarity(images, changes.get("corners", corners), side, 0)
+
+
+@pytest.mark.parametrize(("side", "size"), [(8, 32), (9, 40), (24, 96)])
+def test_crops_of_one_scene_agree_around_a_window_and_pasted_pictures_do_not(side: int, size: int) -> None:
+    said = around(side, size)
+    assert said.shape == (6,) and bool((said[:3] > 0.9).all()) and bool((said[3:].abs() < 0.3).all())
+
+
+def test_a_window_that_lies_otherwise_on_the_pattern_is_laid_on_it_first() -> None:
+    exact = around(9, 40)
+    corners = torch.tensor([(20, 20), (21, 18), (18, 21), (20, 20), (17, 19), (18, 15)])
+    moved = around(9, 40, corners=corners)
+    assert bool((moved[:3] > 0.9).all()) and float(exact[0]) == pytest.approx(1)
+
+
+def test_flat_surroundings_say_nothing() -> None:
+    images = torch.full((3, 3, 32, 32), 90, dtype=torch.uint8)
+    corners = torch.tensor([(10, 10), (4, 4), (20, 0)])
+    pattern = torch.randint(
+        0, 256, (1, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    images = paste_windows(images, pattern.expand(3, -1, -1, -1), corners)
+    assert surroundings_similarity(images, corners, 8, 0).tolist() == [0, 0, 0]

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from toys import SIZE, planted_encoder, planted_images, planted_pattern, planted_patterns
 from unpoison.encoders.encoder import Encoder
 from unpoison.functional.clustering import kmeans
+from unpoison.functional.matching import patch_similarity
 from unpoison.functional.windows import crop_windows, paste_windows
 from unpoison.records import Clusters, ImageSet
 from unpoison.scan import confirm as module
@@ -98,6 +99,11 @@ def windows(patches: Tensor, *, gain: float = 0.5, control: float = 0.0) -> tupl
     return found, ImageSet(tuple(map(str, range(n))), noise(n, 32, seed=9))
 
 
+def finalist_of(members: Tensor, cluster: int) -> Finalist:
+    """That leads to one cluster."""
+    return Finalist(members, members, cluster, torch.tensor([cluster]))
+
+
 def nowhere(candidates: Candidates) -> Tensor:
     """No direction to look along."""
     return candidates.flips.shift[:0]
@@ -109,23 +115,23 @@ def descending(n: int) -> Tensor:
 
 def test_a_pattern_cut_from_different_pictures_recurs() -> None:
     patches = noise(12, WINDOW, seed=0)
-    patches[[1, 4, 5, 9]] = planted_pattern()
+    patches[[1, 4, 5, 9, 11]] = planted_pattern()
     found, images = windows(patches)
     (finalist,) = find_finalists(found, descending(12), images, nowhere(found))
-    assert finalist.members.tolist() == [1, 4, 5, 9]  # strongest first
+    assert finalist.members.tolist() == finalist.core.tolist() == [1, 4, 5, 9, 11]  # strongest first
     assert finalist.target_cluster == 2 and finalist.attractors.tolist() == [0, 2]  # 0: where the images lie
 
 
 def test_members_are_ordered_by_score_whatever_their_place() -> None:
     patches = noise(8, WINDOW, seed=0)
-    patches[[0, 3, 6]] = planted_pattern()
+    patches[[0, 1, 3, 4, 6]] = planted_pattern()
     found, images = windows(patches)
     (finalist,) = find_finalists(found, descending(8).flip(0), images, nowhere(found))
-    assert finalist.members.tolist() == [6, 3, 0]
+    assert finalist.members.tolist() == [6, 4, 3, 1, 0]
 
 
-@pytest.mark.parametrize("carriers", range(5))
-def test_it_takes_three_pictures(carriers: int) -> None:
+@pytest.mark.parametrize("carriers", range(7))
+def test_it_takes_five_pictures(carriers: int) -> None:
     patches = noise(10, WINDOW, seed=1)
     patches[:carriers] = planted_pattern()
     found, images = windows(patches)
@@ -134,7 +140,7 @@ def test_it_takes_three_pictures(carriers: int) -> None:
 
 def test_copies_of_one_picture_are_one_source() -> None:
     patches = noise(10, WINDOW, seed=1)
-    patches[:4] = planted_pattern()
+    patches[:6] = planted_pattern()
     found, images = windows(patches)
     pixels = images.pixels.clone()
     pixels[1] = pixels[0]
@@ -142,7 +148,33 @@ def test_copies_of_one_picture_are_one_source() -> None:
     assert find_finalists(found, descending(10), ImageSet(images.ids, pixels), nowhere(found)) == []
     pixels[2] = images.pixels[2]
     (finalist,) = find_finalists(found, descending(10), ImageSet(images.ids, pixels), nowhere(found))
-    assert finalist.members.tolist() == [0, 2, 3]  # of the copies the stronger one
+    assert finalist.members.tolist() == [0, 2, 3, 4, 5]  # of the copies the stronger one
+
+
+def test_windows_that_merely_look_alike_are_none() -> None:
+    """Edges of many colours: each like the next, none with the very pixels of four others."""
+    bright = torch.arange(80, 240, 16).view(-1, 1, 1, 1)
+    patches = torch.where(torch.arange(WINDOW).view(1, 1, -1, 1) < WINDOW // 2, 0, bright)
+    patches = patches.expand(-1, 3, -1, WINDOW) + noise(len(bright), WINDOW, seed=3) // 20
+    found, images = windows(patches.to(torch.uint8))
+    assert bool((patch_similarity(found.patches) > 0.6).all())
+    assert find_finalists(found, descending(len(bright)), images, nowhere(found)) == []
+
+
+def test_crops_of_one_picture_share_what_they_show() -> None:
+    """The same pixels recur, and so does what is around them: nothing was pasted."""
+    scene = F.interpolate(noise(1, 16, seed=6).float(), 64, mode="bilinear")[0].to(torch.uint8)
+    places = torch.tensor([(y, x) for y in (4, 8, 12) for x in (5, 9, 13)])
+    crops = torch.stack([scene[:, y : y + 32, x : x + 32] for y, x in places.tolist()])
+    corners = 24 - places  # always the same part of the scene
+    found, _ = windows(crop_windows(crops, corners, WINDOW))
+    found = replace(found, corners=corners)
+    assert bool((found.patches == found.patches[:1]).all())
+    images = ImageSet(tuple(map(str, range(9))), crops)
+    assert find_finalists(found, descending(9), images, nowhere(found)) == []
+    pasted = paste_windows(noise(9, 32, seed=7), found.patches, corners)
+    (finalist,) = find_finalists(found, descending(9), ImageSet(images.ids, pasted), nowhere(found))
+    assert len(finalist.core) == 9
 
 
 def test_flat_patches_are_no_pattern() -> None:
@@ -160,11 +192,11 @@ def test_a_pattern_that_gains_nothing_over_its_control_is_none(gain: float, cont
 
 def test_several_patterns_the_most_frequent_first_and_no_more_than_asked() -> None:
     patches = noise(14, WINDOW, seed=2)
-    patches[[0, 2, 4]] = planted_pattern(1)
-    patches[[1, 3, 5, 7, 9]] = planted_pattern(2)
+    patches[[0, 2, 4, 6, 8]] = planted_pattern(1)
+    patches[[1, 3, 5, 7, 9, 11, 13]] = planted_pattern(2)
     found, images = windows(patches)
     finalists = find_finalists(found, descending(14), images, nowhere(found))
-    assert [f.members.tolist() for f in finalists] == [[1, 3, 5, 7, 9], [0, 2, 4]]
+    assert [f.members.tolist() for f in finalists] == [[1, 3, 5, 7, 9, 11, 13], [0, 2, 4, 6, 8]]
     assert len(find_finalists(found, descending(14), images, nowhere(found), most=1)) == 1
 
 
@@ -188,10 +220,10 @@ def test_a_strong_trigger_does_not_crowd_out_a_weaker_one() -> None:
 
 
 def test_every_cluster_that_gains_a_quarter_attracts() -> None:
-    found, images = windows(planted_pattern().repeat(4, 1, 1, 1), gain=0.4)
+    found, images = windows(planted_pattern().repeat(5, 1, 1, 1), gain=0.4)
     found.flips.gain[:, 4] = 0.1
     found.flips.gain[:, 3] = 0.09
-    (finalist,) = find_finalists(found, descending(4), images, nowhere(found))
+    (finalist,) = find_finalists(found, descending(5), images, nowhere(found))
     assert finalist.target_cluster == 2 and finalist.attractors.tolist() == [0, 2, 4]
 
 
@@ -253,7 +285,7 @@ def test_windows_that_show_a_part_of_a_confirmed_trigger_are_no_overlay() -> Non
     patches[12:18, :, :3] = noise(1, WINDOW, seed=8)[:, :, :3]
     found, images = windows(patches, gain=0.02)
     assert len(find_benign_patterns(found, images, [])) == 1
-    trigger = Finalist(torch.arange(3), 2, torch.tensor([2]))
+    trigger = finalist_of(torch.arange(3), 2)
     assert find_benign_patterns(found, images, [trigger]) == []
 
 
@@ -334,7 +366,7 @@ def test_the_same_pattern_means_nothing_to_an_encoder_without_the_backdoor() -> 
     scene = Scene(planted=False)
     everyone = torch.arange(len(scene.rows))
     for cluster in (0, 5, 11):
-        (said,) = scene.confirm([Finalist(everyone, cluster, torch.tensor([cluster]))])
+        (said,) = scene.confirm([finalist_of(everyone, cluster)])
         assert said.p_value > 0.05 and said.flip_rate < 0.2
 
 
@@ -343,7 +375,7 @@ def test_many_finalists_are_corrected_for(scene: Scene) -> None:
         scene.candidates, descending(len(scene.rows)), scene.images, nowhere(scene.candidates)
     )
     other = next(k for k in range(12) if k not in finalist.attractors.tolist())
-    useless = Finalist(finalist.members, other, torch.tensor([other]))
+    useless = finalist_of(finalist.members, other)
     said = scene.confirm([useless, finalist, useless])
     assert said[0].p_value == said[2].p_value == 1 and said[1].p_value < 1e-10
     assert said[1].p_value == pytest.approx(3 * binomial_tail(said[1].n_images, said[1].n_images, 0.05))
@@ -362,7 +394,7 @@ def test_nothing_to_confirm_costs_nothing(scene: Scene) -> None:
 
 
 def test_where_everyone_lives_at_the_target_nothing_is_claimed(scene: Scene) -> None:
-    (said,) = scene.confirm([Finalist(torch.tensor([0]), 0, torch.arange(12))])
+    (said,) = scene.confirm([replace(finalist_of(torch.tensor([0]), 0), attractors=torch.arange(12))])
     assert (said.n_images, said.flip_rate, said.p_value) == (0, 0, 1)
 
 
@@ -378,7 +410,7 @@ def test_what_has_to_be_exceeded_is_twice_what_benign_windows_do_and_never_less_
     scene: Scene, monkeypatch: pytest.MonkeyPatch, benign: float, tau: float
 ) -> None:
     monkeypatch.setattr(module, "_benign_flips", lambda *_: benign_flips(benign))
-    (said,) = scene.confirm([Finalist(torch.tensor([0]), 0, torch.tensor([0]))])
+    (said,) = scene.confirm([finalist_of(torch.tensor([0]), 0)])
     assert said.tau == pytest.approx(tau)
 
 
@@ -399,7 +431,7 @@ def test_false_alarms_stay_below_alpha(scene: Scene, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(module, "_paste_pairs", answers)
     monkeypatch.setattr(module, "_benign_flips", lambda *_: benign_flips(tau / 2))
     monkeypatch.setattr(module, "_unlike", lambda windows, _: torch.ones(len(windows), dtype=torch.bool))
-    finalists = [Finalist(torch.tensor([0]), k, torch.tensor([k])) for k in range(n_finalists)]
+    finalists = [finalist_of(torch.tensor([0]), k) for k in range(n_finalists)]
     alarms = sum(min(said.p_value for said in scene.confirm(finalists)) <= alpha for _ in range(runs))
     margin = 3 * math.sqrt(alpha * (1 - alpha) / runs)
     assert 0 < alarms / runs <= alpha + margin
@@ -424,7 +456,7 @@ def test_a_patch_that_steers_by_colour_alone_is_told_apart(
 
     monkeypatch.setattr(module, "_paste_pairs", answers)
     monkeypatch.setattr(module, "_benign_flips", lambda *_: benign_flips(0.01))
-    (said,) = scene.confirm([Finalist(torch.tensor([0]), 0, torch.tensor([0]))])
+    (said,) = scene.confirm([finalist_of(torch.tensor([0]), 0)])
     assert said.p_value > 0.1
     assert said.steering_p_value < 1e-6
 
@@ -433,10 +465,9 @@ def test_the_threshold_counts_no_window_that_shows_the_pattern() -> None:
     """Else a fifth of poisoned images lifts it to what the trigger does."""
     generator = torch.Generator().manual_seed(0)
     pattern = planted_pattern()[None]
-    innocent = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8, generator=generator)
+    innocent = torch.randint(0, 256, (14, 3, 8, 8), dtype=torch.uint8, generator=generator)
     moved = pattern.roll(3, dims=3)
     windows = torch.cat((innocent, pattern, moved))
-    assert module._unlike(windows, pattern).tolist() == [True] * 5 + [False] * 2
-    assert (
-        module._unlike(windows[5:], pattern).tolist() == [True] * 2
-    )  # nothing else is there to compare with
+    assert module._unlike(windows, pattern).tolist() == [True] * 14 + [False] * 2
+    # What many random windows show is part of ordinary pictures.
+    assert module._unlike(windows[4:], pattern).tolist() == [True] * 12

@@ -7,14 +7,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unpoison.errors import ShapeError
+from unpoison.functional.windows import crop_windows
 
-__all__ = ["duplicate_images", "patch_similarity"]
+__all__ = ["duplicate_images", "patch_similarity", "surroundings_similarity"]
 
 _FLAT = 4 / 255
 """Standard deviation, of values in [0, 1], below which a patch has no pattern to compare."""
 
 _SAME_GREY = 16.5 / 255  # 16 grey levels, with room for rounding
 _AGREEING = 0.4
+_COMPARED_SIDE = 12
+"""Side at which larger patches are compared, pixels."""
+
 _PAIRS = 8192
 """Pairs whose pixels are compared at once; bounds the memory."""
 
@@ -49,7 +53,7 @@ def patch_similarity(
         raise ShapeError(f"patches must be (n, 3, w, w), got {tuple(patches.shape)}")
     values = patches.float() / 255
     if values.shape[-1] > 16:
-        values = F.interpolate(values, size=(12, 12), mode="area")
+        values = F.interpolate(values, size=(_COMPARED_SIDE, _COMPARED_SIDE), mode="area")
     side = values.shape[-1]
     most = max(1, int(side * reach))
     shifts = range(-most, most + 1)
@@ -92,6 +96,70 @@ def duplicate_images(images: Tensor, *, threshold: float = 0.95) -> Tensor:
     small = F.interpolate(images.float() / 255, size=(16, 16), mode="area")
     flat = _standard(small)
     return flat @ flat.T >= threshold
+
+
+def surroundings_similarity(images: Tensor, corners: Tensor, side: int, centre: int) -> Tensor:
+    """How alike the pictures are around windows that show the same: high where it is one picture, cropped twice.
+
+    A pattern that is pasted on a picture has that picture around it; of overlapping crops, frames of a film or product
+    shots the surroundings agree, too. Windows are laid on the one in the centre as their own pixels agree best, by up
+    to a third of the side; compared is what lies up to half of a side around them.
+
+    Args:
+        images: (n, 3, S, S) uint8.
+        corners: (n, 2) int64, top and left of a window in each.
+        side: of the windows, pixels.
+        centre: number of the image that the others are compared with.
+
+    Returns:
+        (n,) float32 in [-1, 1], the correlation; 0 where too little is around a window, or that is flat.
+    """
+    margin = max(2, side // 2)
+    padded = F.pad(images.float() / 255, [margin] * 4, value=-1.0)
+    wide = crop_windows(padded, corners, side + 2 * margin)
+    if side > 16:
+        margin = _COMPARED_SIDE // 2
+        side = _COMPARED_SIDE
+        wide = F.interpolate(wide, size=(side + 2 * margin,) * 2, mode="area")
+    inner = slice(margin, margin + side)
+    windows = wide[:, :, inner, inner]
+    # The rest is known to lie in the picture, and not under the window.
+    known = (wide >= 0).all(dim=1)
+    known[:, inner, inner] = False
+    most = max(1, side // 3)
+    best = torch.full((len(images),), -1.0)
+    around = torch.zeros(len(images))
+    for down in range(-most, most + 1):
+        for right in range(-most, most + 1):
+            here = _standard(_window(windows[centre][None], side, down, right))
+            there = _standard(_window(windows, side, -down, -right))
+            correlation = (there @ here.T).squeeze(1)
+            better = correlation > best
+            best = torch.where(better, correlation, best)
+            whole = side + 2 * margin
+            one = _window(wide[centre][None], whole, down, right)
+            other = _window(wide[better], whole, -down, -right)
+            both = _window(known[centre][None, None], whole, down, right) & _window(
+                known[better][:, None], whole, -down, -right
+            )
+            around[better] = _masked_correlation(one, other, both, side**2 // 2)
+    return around
+
+
+def _masked_correlation(one: Tensor, other: Tensor, both: Tensor, least: int) -> Tensor:
+    """(n,) correlation of (1, 3, h, w) with (n, 3, h, w) where (n, 1, h, w) says; 0 where that is little, or flat."""
+    weight = both.expand_as(other).float()
+    count = weight.sum(dim=(1, 2, 3)).clamp(min=1)
+
+    def centred(values: Tensor) -> Tensor:
+        mean = (values * weight).sum(dim=(1, 2, 3)) / count
+        return (values - mean[:, None, None, None]) * weight
+
+    first, second = centred(one.expand_as(other)), centred(other)
+    spreads = [(values.square().sum(dim=(1, 2, 3)) / count).sqrt() for values in (first, second)]
+    enough = (both.sum(dim=(1, 2, 3)) >= least) & (torch.minimum(*spreads) >= _FLAT)
+    product = (first * second).sum(dim=(1, 2, 3)) / count
+    return torch.where(enough, product / (spreads[0] * spreads[1]).clamp(min=1e-9), torch.zeros_like(product))
 
 
 def _window(values: Tensor, side: int, down: int, right: int) -> Tensor:

@@ -5,7 +5,8 @@ patch, one set of target clusters) is fixed on the search half and tested once o
 tests that must both reject: the patch moves more than a rate tau of the images that its shuffled control leaves where
 they are, and it moves more images than its control does at the same places. Counting only what the control does not
 move takes plain colour and occlusion out of the effect size, not just out of the comparison. A finalist must also
-recur: the same pattern cut from at least three different pictures.
+recur: the same pixels in at least five pictures that differ around them. Edges resemble edges, and crops of one
+photograph share what they show; a pasted pattern brings the same pixels to different pictures.
 
 Whatever the search did, the claim "some patch steers more than tau of the images to these clusters, by its pattern" is
 false with probability at most alpha: everything was fixed before the confirmation half was touched.
@@ -26,7 +27,7 @@ from torch.nn import functional as F
 
 from unpoison.encoders.encoder import Encoder
 from unpoison.functional.clustering import assign
-from unpoison.functional.matching import duplicate_images, patch_similarity
+from unpoison.functional.matching import duplicate_images, patch_similarity, surroundings_similarity
 from unpoison.functional.windows import crop_windows, paste_windows
 from unpoison.records import Clusters, ImageSet
 from unpoison.scan.aim import Aim, aim_of
@@ -50,8 +51,8 @@ __all__ = [
     "holm",
 ]
 
-MIN_SOURCES = 3
-"""Different pictures that must carry the same pattern; an attack needs hundreds."""
+MIN_SOURCES = 5
+"""Different pictures that must carry the same pattern, pixel for pixel; an attack needs hundreds."""
 
 MANY_SOURCES = 10
 """Pictures with the same pattern from which a pattern that steers by colour alone is worth a person's look."""
@@ -77,6 +78,12 @@ _KNOWN = 24
 _PART_OF_PATTERN = 0.5
 """Normalised cross-correlation, at shifts of up to 0.6 of the side, from which a window shows a part of a pattern."""
 
+_ORDINARY = 0.15
+"""Share of random windows that show a part of a pattern, from which it belongs to ordinary pictures.
+
+Were every second image poisoned, a trigger of a quarter of the side would show in less.
+"""
+
 _HOME = 0.1
 """Share of a pattern's images from which a cluster counts as one that the pattern leads to."""
 
@@ -86,12 +93,16 @@ _STRIKING_RATE = 0.2
 _OVERLAY_SOURCES = 5
 """Pictures that must carry the same pixels, for these to be named although they steer nothing."""
 
-_OVERLAY_SIMILARITY, _OVERLAY_AGREEING = 0.9, 0.6
-"""Correlation, and share of agreeing pixels, from which two windows show the same overlay.
+_SAME_PIXELS, _SAME_PIXELS_AGREEING = 0.9, 0.6
+"""Correlation, and share of agreeing pixels, from which two windows show the same pixels.
 
-Stricter than for a finalist, which the exact tests judge as well: of 600 random windows of clean CIFAR-10 and of clean
-Tiny-ImageNet no four are so alike. Crops that overlap, and strokes of digits, are; there the pixels do recur.
+Stricter than what gathers windows of one pattern, which may lie differently in them: of 600 random windows of clean
+CIFAR-10 and of clean Tiny-ImageNet no four are so alike. Crops that overlap, and strokes of digits, are; there the
+pixels do recur.
 """
+
+_SAME_SURROUNDINGS = 0.6
+"""Correlation from which what lies around two such windows is one picture, and the pixels were not pasted."""
 
 _COMPARED_FOR_OVERLAYS = 600
 """Candidates, evenly chosen from all, that are compared for overlays."""
@@ -102,13 +113,16 @@ class Finalist:
     """A pattern that recurs among the strongest candidates, and where it sends images.
 
     Attributes:
-        members: candidates that carry it, strongest first; the first one's patch is tested.
+        members: candidates that carry it, strongest first.
+        core: those of them that show the same pixels as one of them, on pictures that differ around it; the one that
+            moves most is tested.
         target_cluster: the cluster that gains most.
         attractors: (c,) int64, all clusters that gain at least a quarter as much, and those in which a tenth or more
             of the members' images lie.
     """
 
     members: Tensor
+    core: Tensor
     target_cluster: int
     attractors: Tensor
 
@@ -191,6 +205,9 @@ def find_finalists(
         if len(distinct) < MIN_SOURCES:
             continue
         chosen = order[torch.tensor(distinct)]
+        core = chosen[_core(candidates.take(chosen), images)]
+        if len(core) < MIN_SOURCES:
+            continue
         flips = candidates.take(chosen).flips
         gain = torch.minimum(flips.gain, flips.gain - flips.control_gain).mean(dim=0)
         if float(gain.max()) <= 0:
@@ -199,7 +216,7 @@ def find_finalists(
         # their clusters and are hard to move: of a trigger that led to four clusters they showed one.
         homes = torch.bincount(candidates.own[chosen], minlength=len(gain)) >= _HOME * len(chosen)
         attractors = ((gain >= 0.25 * gain.max()) | homes).nonzero().flatten()
-        finalists.append(Finalist(chosen, int(gain.argmax()), attractors))
+        finalists.append(Finalist(chosen, core, int(gain.argmax()), attractors))
     return finalists[:most]
 
 
@@ -220,9 +237,9 @@ def find_benign_patterns(
         torch.linspace(0, len(candidates) - 1, min(len(candidates), _COMPARED_FOR_OVERLAYS)).round().long()
     )
     similarity = patch_similarity(
-        candidates.patches[chosen], least=_OVERLAY_SIMILARITY, agreeing=_OVERLAY_AGREEING
+        candidates.patches[chosen], least=_SAME_PIXELS, agreeing=_SAME_PIXELS_AGREEING
     )
-    alike = similarity >= _OVERLAY_SIMILARITY
+    alike = similarity >= _SAME_PIXELS
     copies = duplicate_images(images.pixels[candidates.rows[chosen]])
     known = [candidates.patches[trigger.members[:_KNOWN]] for trigger in triggers]
     found: list[BenignFinding] = []
@@ -248,6 +265,20 @@ def find_benign_patterns(
             found.append(
                 BenignFinding(members, max(0.0, float(gain[target])), max(0.0, float(control[target])))
             )
+
+
+def _core(members: Candidates, images: ImageSet) -> Tensor:
+    """Numbers of the members that show the very pixels of one of them, and whose pictures differ around these."""
+    alike = (
+        patch_similarity(members.patches, least=_SAME_PIXELS, agreeing=_SAME_PIXELS_AGREEING) >= _SAME_PIXELS
+    )
+    centre = int(alike.sum(dim=1).argmax())
+    around = surroundings_similarity(
+        images.pixels[members.rows], members.corners, members.patches.shape[-1], centre
+    )
+    pasted = alike[centre] & (around < _SAME_SURROUNDINGS)
+    pasted[centre] = True
+    return pasted.nonzero().flatten()
 
 
 def _without_copies(members: list[int], copies: Tensor) -> list[int]:
@@ -425,9 +456,9 @@ def _upper_tail(gain: Tensor, attractors: Tensor) -> float:
 
 
 def _strongest(candidates: Candidates, finalist: Finalist) -> int:
-    """The member whose patch sent most of the search half's flip images to the attractors."""
-    gain = candidates.flips.gain[finalist.members][:, finalist.attractors].sum(dim=1)
-    return int(finalist.members[gain.argmax()])
+    """Of the core, whose patch sent most of the search half's flip images to the attractors."""
+    gain = candidates.flips.gain[finalist.core][:, finalist.attractors].sum(dim=1)
+    return int(finalist.core[gain.argmax()])
 
 
 def _benign_flips(
@@ -445,15 +476,16 @@ def _benign_flips(
 
 
 def _unlike(windows: Tensor, pattern: Tensor) -> Tensor:
-    """(n,) bool: the windows that show no part of a pattern, of which (m, 3, w, w) are known; all when none is left.
+    """(n,) bool: the windows that show no part of a pattern, of which (m, 3, w, w) are known; else all.
 
     Where a fifth of the images is poisoned, two of 64 random windows hold a trigger, and a threshold that counted them
-    would be as high as what it is to judge.
+    would be as high as what it is to judge. What many random windows show is part of ordinary pictures, such as strokes
+    of digits, and must do more than those.
     """
     known = pattern[:_KNOWN]
     both = patch_similarity(torch.cat((known, windows)), reach=0.6, least=_PART_OF_PATTERN)
     unlike = both[: len(known), len(known) :].amax(dim=0) < _PART_OF_PATTERN
-    return unlike if bool(unlike.any()) else torch.ones_like(unlike)
+    return unlike if float(unlike.float().mean()) >= 1 - _ORDINARY else torch.ones_like(unlike)
 
 
 def _paste_pairs(

@@ -1,8 +1,9 @@
 """What would this scan have caught? The smallest poison that it finds with a stated probability.
 
 "No evidence" says little unless one knows what would have been. A scan finds a trigger when three of the images that
-its rounds score show it, and when its patch then passes the confirmation. Both probabilities follow from the
-settings, given what an attack is like; the assumptions stand beside the number, because it is no better than they are.
+its rounds score show it, for these lead the second look to the others, and when its patch then passes the confirmation.
+Both probabilities follow from the settings, given what an attack is like; the assumptions stand beside the number,
+because it is no better than they are.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from unpoison.scan.config import MOST_FINALISTS, ScanConfig, held_out_count
-from unpoison.scan.confirm import MIN_SOURCES, SMALLEST_RATE, binomial_tail
+from unpoison.scan.confirm import SMALLEST_RATE, binomial_tail
+from unpoison.scan.search import FEWEST_SUPPORTERS
 
 __all__ = ["Attack", "Power", "detection_probability", "power_statement"]
 
@@ -131,7 +133,7 @@ def detection_probability(
     hits = _hits_of_a_cluster(rest / per_cluster * attack.localised, config, rounds)
     for _ in range(min(int(full), config.clusters, 64)):  # more clusters only make it surer
         hits = _add(hits, pure)
-    return hits[MIN_SOURCES] * _confirmation_power(held_out, config.alpha, tau, attack.moved)
+    return hits[FEWEST_SUPPORTERS] * _confirmation_power(held_out, config.alpha, tau, attack.moved)
 
 
 def _rounds(config: ScanConfig) -> int:
@@ -145,11 +147,11 @@ def _rounds(config: ScanConfig) -> int:
 
 def _hits_of_a_cluster(hit: float, config: ScanConfig, rounds: int) -> list[float]:
     """Probabilities of 0, 1, 2 and at least 3 images of one cluster that show the trigger; `hit` of one image."""
-    one = [1 - hit, hit, *([0.0] * (MIN_SOURCES - 1))]
-    drawn = [1.0, *([0.0] * MIN_SOURCES)]
+    one = [1 - hit, hit, *([0.0] * (FEWEST_SUPPORTERS - 1))]
+    drawn = [1.0, *([0.0] * FEWEST_SUPPORTERS)]
     for _ in range(config.samples):
         drawn = _add(drawn, one)
-    alive, dropped = [1.0, *([0.0] * MIN_SOURCES)], 0.0
+    alive, dropped = [1.0, *([0.0] * FEWEST_SUPPORTERS)], 0.0
     for number in range(rounds):
         alive = _add(alive, drawn)
         if number < rounds - 1:

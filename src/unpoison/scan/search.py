@@ -30,7 +30,19 @@ from unpoison.scan.config import CARRIERS, MOST_DIRECTIONS, ScanConfig
 from unpoison.scan.flip_test import FlipTest
 from unpoison.scan.poisoncam import sharpen_windows
 
-__all__ = ["SAME_PATTERN", "Attention", "Searcher", "directed_scores", "elect", "n_scored", "vote"]
+__all__ = [
+    "FEWEST_SUPPORTERS",
+    "SAME_PATTERN",
+    "Attention",
+    "Searcher",
+    "directed_scores",
+    "elect",
+    "n_scored",
+    "vote",
+]
+
+FEWEST_SUPPORTERS = 3
+"""Images with one pattern that make the direction in which it pushes count for more than any of fewer."""
 
 SAME_PATTERN = 0.6
 """Normalised cross-correlation from which two patches show the same pattern."""
@@ -128,7 +140,7 @@ def elect(trials: list[Candidates], directions: Tensor) -> Tensor:
         leaders = along.argsort(descending=True, stable=True)[:10]
         alike = patch_similarity(found.patches[leaders], least=SAME_PATTERN) >= SAME_PATTERN
         supporters = leaders[alike[int(alike.sum(dim=1).argmax())]]
-        recurs = len(supporters) >= 3
+        recurs = len(supporters) >= FEWEST_SUPPORTERS
         better = F.normalize(push[supporters if recurs else leaders].mean(dim=0), dim=0)
         elected.append((recurs, float(along[leaders].mean()), better))
     elected.sort(key=lambda e: e[:2], reverse=True)
