@@ -72,6 +72,12 @@ def test_a_smaller_search_has_less_power(worse: dict[str, float]) -> None:
     assert before is not None and (after is None or after > before)
 
 
+def test_without_a_second_look_more_of_the_images_must_be_scored() -> None:
+    plain = dataclasses.replace(CONFIG, score="any")
+    for count in (20, 30, 50):
+        assert detection_probability(count, plain, 5000) < detection_probability(count, CONFIG, 5000)
+
+
 def test_a_scan_that_cannot_confirm_says_so() -> None:
     power = power_statement(CONFIG, 5000, 32, tau=0.3)
     assert power.smallest_count is None and power.share is None

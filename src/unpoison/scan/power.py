@@ -1,7 +1,8 @@
 """What would this scan have caught? The smallest poison that it finds with a stated probability.
 
 "No evidence" says little unless one knows what would have been. A scan finds a trigger when three of the images that
-its rounds score show it, for these lead the second look to the others, and when its patch then passes the confirmation.
+its rounds score show it, for these lead the second look to the others (five without a second look), and when its patch
+then passes the confirmation.
 Both probabilities follow from the settings, given what an attack is like; the assumptions stand beside the number,
 because it is no better than they are.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from unpoison.scan.config import MOST_FINALISTS, ScanConfig, held_out_count
-from unpoison.scan.confirm import SMALLEST_RATE, binomial_tail
+from unpoison.scan.confirm import MIN_SOURCES, SMALLEST_RATE, binomial_tail
 from unpoison.scan.search import FEWEST_SUPPORTERS
 
 __all__ = ["Attack", "Power", "detection_probability", "power_statement"]
@@ -119,7 +120,7 @@ def detection_probability(
     one was is never dropped.
 
     Source:
-        Extends the miss probability of the published search, P = r q / (1 - (1 - r) q), q = (1 - h)^s, to three hits,
+        Extends the miss probability of the published search, P = r q / (1 - (1 - r) q), q = (1 - h)^s, to several hits,
         several clusters and a limited number of rounds; h = purity · `localised`.
     """
     assert config.clusters is not None, "the config is resolved before its power is computed"
@@ -129,11 +130,13 @@ def detection_probability(
     per_cluster = searched * n_images / config.clusters
     full, rest = divmod(count * searched, per_cluster)
     rounds = min(_rounds(config), max(1, int(per_cluster) // config.samples))
-    pure = _hits_of_a_cluster(attack.localised, config, rounds)
-    hits = _hits_of_a_cluster(rest / per_cluster * attack.localised, config, rounds)
+    # A second look finds the other images; without one, the rounds themselves must have found enough.
+    needed = FEWEST_SUPPORTERS if config.score == "directed" else MIN_SOURCES
+    pure = _hits_of_a_cluster(attack.localised, config, rounds, needed)
+    hits = _hits_of_a_cluster(rest / per_cluster * attack.localised, config, rounds, needed)
     for _ in range(min(int(full), config.clusters, 64)):  # more clusters only make it surer
         hits = _add(hits, pure)
-    return hits[FEWEST_SUPPORTERS] * _confirmation_power(held_out, config.alpha, tau, attack.moved)
+    return hits[needed] * _confirmation_power(held_out, config.alpha, tau, attack.moved)
 
 
 def _rounds(config: ScanConfig) -> int:
@@ -145,13 +148,13 @@ def _rounds(config: ScanConfig) -> int:
     return rounds
 
 
-def _hits_of_a_cluster(hit: float, config: ScanConfig, rounds: int) -> list[float]:
-    """Probabilities of 0, 1, 2 and at least 3 images of one cluster that show the trigger; `hit` of one image."""
-    one = [1 - hit, hit, *([0.0] * (FEWEST_SUPPORTERS - 1))]
-    drawn = [1.0, *([0.0] * FEWEST_SUPPORTERS)]
+def _hits_of_a_cluster(hit: float, config: ScanConfig, rounds: int, needed: int) -> list[float]:
+    """Probabilities of 0, 1, … and at least `needed` images of a cluster that show the trigger; `hit` of one image."""
+    one = [1 - hit, hit, *([0.0] * (needed - 1))]
+    drawn = [1.0, *([0.0] * needed)]
     for _ in range(config.samples):
         drawn = _add(drawn, one)
-    alive, dropped = [1.0, *([0.0] * FEWEST_SUPPORTERS)], 0.0
+    alive, dropped = [1.0, *([0.0] * needed)], 0.0
     for number in range(rounds):
         alive = _add(alive, drawn)
         if number < rounds - 1:
