@@ -56,7 +56,7 @@ from unpoison.encoders.extract import extract_features
 from unpoison.encoders.rate import Rate, measure_rate
 from unpoison.errors import ConfigError, DataError, NoVerdictError
 from unpoison.pipeline import Images, count_of
-from unpoison.records import ImageSet, StageCost
+from unpoison.records import Cost, ImageSet
 from unpoison.report.audit_page import write_audit_report
 from unpoison.runs import MemoryRun, RunFolder, Stages
 from unpoison.runtime import Progress, silent, stage_generator
@@ -252,30 +252,20 @@ class AuditPreview:
 
     Attributes:
         n_images: that it would use; some may turn out unreadable.
-        stages: passes of each, as expected and at the most.
+        cost: passes.
         rate: of the encoder.
         memory: bytes of the images.
     """
 
     n_images: int
-    stages: tuple[StageCost, ...]
+    cost: Cost
     rate: Rate
     memory: int
 
     @property
-    def expected(self) -> int:
-        """Passes, where the collapse is reached."""
-        return sum(stage.expected for stage in self.stages)
-
-    @property
-    def most(self) -> int:
-        """Passes that are never exceeded."""
-        return sum(stage.most for stage in self.stages)
-
-    @property
     def seconds(self) -> float:
         """Of the expected passes, at the encoder's rate."""
-        return self.expected / self.rate.images_per_second
+        return self.cost.expected / self.rate.images_per_second
 
 
 def preview_audit(
@@ -306,7 +296,7 @@ def preview_audit(
     size = suspect.preprocessing.geometry.size
     return AuditPreview(
         n_images=count,
-        stages=audit_cost(config, count, size, second_opinion=second_opinion),
+        cost=audit_cost(config, count, size, second_opinion=second_opinion),
         rate=measure_rate(suspect, min(config.batch_size, count)),
         memory=count * 3 * size**2,
     )

@@ -18,6 +18,7 @@ __all__ = [
     "BenignPattern",
     "Box",
     "Clusters",
+    "Cost",
     "Evidence",
     "Features",
     "Geometry",
@@ -47,6 +48,23 @@ class StageCost:
     name: str
     expected: int
     most: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Encoder passes of a whole run; `stages` in the order in which they run."""
+
+    stages: tuple[StageCost, ...]
+
+    @property
+    def expected(self) -> int:
+        """Of all stages, as expected."""
+        return sum(stage.expected for stage in self.stages)
+
+    @property
+    def most(self) -> int:
+        """Of all stages; never exceeded."""
+        return sum(stage.most for stage in self.stages)
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from unpoison.audit.decree import DecreeConfig, passes_of_scout, passes_of_start
 from unpoison.audit.ssl_cleanse import SslCleanseConfig, passes_of_cleanse
-from unpoison.records import StageCost
+from unpoison.records import Cost, StageCost
 
 __all__ = ["audit_cost"]
 
 
-def audit_cost(
-    config: DecreeConfig, n_images: int, image_size: int, *, second_opinion: bool = False
-) -> tuple[StageCost, ...]:
-    """The stages of an audit. A step, forward and backward, counts as three passes.
+def audit_cost(config: DecreeConfig, n_images: int, image_size: int, *, second_opinion: bool = False) -> Cost:
+    """The cost of an audit. A step, forward and backward, counts as three passes.
 
     `expected` reaches the collapse, and takes every step for the smallest mask; `most` never reaches it, and looks
     again at the relaxed gain. Patience may end a start earlier.
@@ -41,4 +39,4 @@ def audit_cost(
     if second_opinion:
         asked = passes_of_cleanse(SslCleanseConfig(), searched, windows)
         stages.append(StageCost("clusters", asked, asked))
-    return tuple(stages)
+    return Cost(stages=tuple(stages))

@@ -214,9 +214,9 @@ def _preview_summary(seen: AuditPreview) -> dict[str, Any]:
     return {
         "schema": 1,
         "n_images": seen.n_images,
-        "passes": {s.name: {"expected": s.expected, "most": s.most} for s in seen.stages},
-        "expected_passes": seen.expected,
-        "most_passes": seen.most,
+        "passes": {s.name: {"expected": s.expected, "most": s.most} for s in seen.cost.stages},
+        "expected_passes": seen.cost.expected,
+        "most_passes": seen.cost.most,
         "passes_per_second": round(seen.rate.images_per_second, 1),
         "expected_seconds": round(seen.seconds, 1),
         "memory": seen.memory,
@@ -226,7 +226,7 @@ def _preview_summary(seen: AuditPreview) -> dict[str, Any]:
 
 def _preview_text(seen: AuditPreview, screen: Screen) -> str:
     lines = [
-        screen.passes(seen.n_images, seen.stages),
+        screen.passes(seen.n_images, seen.cost),
         f"time: about {seen.seconds:,.0f} s, at {seen.rate.images_per_second:,.0f} passes/s; a step, forward and "
         "backward, counts as three",
         f"memory: {seen.memory / 2**20:,.0f} MiB for the images, without the network",

@@ -383,7 +383,7 @@ def _preview_summary(seen: Any) -> dict[str, Any]:
 
 def _preview_text(seen: Any, screen: Screen) -> str:
     cost = seen.cost
-    lines = [screen.passes(seen.n_images, cost.stages)]
+    lines = [screen.passes(seen.n_images, cost)]
     if seen.rate is None and seen.pretraining:
         lines.append(
             f"first an encoder is trained: {seen.pretraining:,} images; the speed is not known before"

@@ -6,14 +6,14 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 if TYPE_CHECKING:
-    from unpoison.records import StageCost
+    from unpoison.records import Cost
     from unpoison.runtime import Progress
 
 __all__ = ["HEARTBEAT", "Screen", "complain", "log_into", "printable", "read_ids"]
@@ -68,10 +68,10 @@ class Screen:
             for line in (text if isinstance(text, str) else text()).split("\n"):
                 typer.echo(printable(line))
 
-    def passes(self, n_images: int, stages: Sequence[StageCost]) -> str:
+    def passes(self, n_images: int, cost: Cost) -> str:
         """What a dry run says of every stage, and of all."""
-        rows = [(stage.name, stage.expected, stage.most) for stage in stages]
-        rows.append(("total", sum(row[1] for row in rows), sum(row[2] for row in rows)))
+        rows = [(stage.name, stage.expected, stage.most) for stage in cost.stages]
+        rows.append(("total", cost.expected, cost.most))
         cells = [[name, f"{expected:,}", f"{most:,}"] for name, expected, most in rows]
         return self.table(f"Encoder passes for {n_images:,} images", ["stage", "expected", "at most"], cells)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from unpoison.errors import ConfigError
 from unpoison.functional.windows import grid_masks
-from unpoison.records import StageCost
+from unpoison.records import Cost, StageCost
 from unpoison.scan.config import (
     CARRIERS,
     MOST_BENIGN,
@@ -36,32 +36,21 @@ _RACE_SURVIVORS = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScanCost:
+class ScanCost(Cost):
     """What a scan is expected to cost.
 
     Attributes:
-        stages: in the order in which they run, named as in verdict.json.
+        stages: named as in verdict.json.
         classifier_trained: images shown to the classifier's own networks in training, only when poison is confirmed.
         classifier_judged: images shown to them afterwards.
         memory: bytes of the data that the scan holds, without the networks and what they need while they run.
         disk: bytes of decoded pixels in the run folder.
     """
 
-    stages: tuple[StageCost, ...]
     classifier_trained: int
     classifier_judged: int
     memory: int
     disk: int
-
-    @property
-    def expected(self) -> int:
-        """Encoder passes with one direction and one finalist."""
-        return sum(stage.expected for stage in self.stages)
-
-    @property
-    def most(self) -> int:
-        """Encoder passes that are never exceeded."""
-        return sum(stage.most for stage in self.stages)
 
 
 def expected_cost(
