@@ -273,7 +273,7 @@ def test_the_threshold_lets_the_allowed_share_of_innocent_images_pass() -> None:
         assert threshold >= 0.5
     # Halfway between the sixth highest innocent image, five of a thousand being allowed, and the poisoned ones.
     sixth = float(unpasted.sort(descending=True).values[5])
-    expected = torch.sigmoid(torch.tensor((sixth + 10) / 2))
+    expected = torch.sigmoid(torch.tensor((sixth + 5) / 2))
     assert module._choose_threshold(unpasted, pasted / 2.5, 0.005) == pytest.approx(float(expected))
     assert module._choose_threshold(unpasted, -pasted, 0.005) == 0.5
 
@@ -282,7 +282,7 @@ def test_poison_among_the_held_out_images_does_not_lift_the_threshold_above_all_
     clean, poison = torch.full((900,), -5.0), torch.full((100,), 8.0)
     pasted = torch.cat((torch.full((800,), 8.0), torch.full((200,), -2.0)))  # a fifth of the patches is wrong
     threshold = module._choose_threshold(torch.cat((clean, poison)), pasted, 0.005)
-    assert threshold == pytest.approx(float(torch.sigmoid(torch.tensor(1.0))))
+    assert threshold == pytest.approx(float(torch.sigmoid(torch.tensor(0.5))))
     assert module._choose_threshold(poison, pasted, 0.005) == pytest.approx(threshold)  # all of them
 
 

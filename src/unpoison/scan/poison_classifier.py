@@ -461,7 +461,7 @@ def _choose_threshold(unpasted: Tensor, pasted: Tensor, false_positive_rate: flo
     """Probability above which an image is flagged, at least 0.5.
 
     Poison that slipped among the held-out images scores like the pasted ones, and would drive the threshold above all
-    poison. So whoever reaches a quarter of the pasted images' median is taken for poisoned; of the others at most the
+    poison. So whoever reaches an eighth of the pasted images' median is taken for poisoned; of the others at most the
     given share may lie above the threshold, which is put halfway between that limit and this one.
 
     Args:
@@ -469,7 +469,7 @@ def _choose_threshold(unpasted: Tensor, pasted: Tensor, false_positive_rate: flo
         pasted: (n,) float32, log-odds of the same images with a patch.
         false_positive_rate: in [0, 1].
     """
-    poison = pasted.median() / 4
+    poison = pasted.median() / 8
     innocent = unpasted[unpasted < poison].sort(descending=True).values
     allowed = min(int(false_positive_rate * len(innocent)), len(innocent) - 1)
     limit = innocent[allowed].clamp_min(0) if len(innocent) else torch.zeros(())
