@@ -289,12 +289,19 @@ def parse(description: str | None, seeds: Sequence[int], cases: Sequence[str] = 
             "--cases", nargs="+", default=list(cases), choices=list(cases), help="default: all"
         )
     options = parser.parse_args()
+    if options.scans and not options.fresh:
+        parser.error("--scans names what --fresh computes again; add --fresh")
     torch.set_num_threads(options.threads)
     return options
 
 
 def run(name: str, cases: Sequence[Case], options: argparse.Namespace) -> int:
     """Every seed of every case: 0 if all rows are there, 1 if one failed; a failure does not cost the others."""
+    chosen = [case for case in cases if case.name in getattr(options, "cases", [case.name])]
+    known = {scan for case in chosen for scan in case.scans}
+    if unknown := set(options.scans or ()) - known:
+        say(f"--scans {' '.join(sorted(unknown))}: expected {', '.join(sorted(known))}")
+        return 2
     jobs = [
         Job(
             case.name,
@@ -305,8 +312,7 @@ def run(name: str, cases: Sequence[Case], options: argparse.Namespace) -> int:
             ),
         )
         for seed in options.seeds
-        for case in cases
-        if case.name in getattr(options, "cases", [case.name])
+        for case in chosen
     ]
     return run_jobs(name, jobs, options)
 

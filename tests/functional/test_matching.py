@@ -177,6 +177,17 @@ def test_a_window_that_lies_otherwise_on_the_pattern_is_laid_on_it_first() -> No
     assert bool((moved[:3] > 0.9).all()) and float(exact[0]) == pytest.approx(1)
 
 
+@pytest.mark.parametrize(("side", "row"), [(9, 0), (20, 0), (20, 3), (24, 3)])
+def test_what_lies_outside_a_picture_is_not_compared(side: int, row: int) -> None:
+    # All windows lie near the same border: were it dark there, the pictures would agree about what is not there.
+    generator = torch.Generator().manual_seed(7)
+    images = torch.randint(150, 256, (6, 3, 4 * side, 4 * side), dtype=torch.uint8, generator=generator)
+    corners = torch.tensor([(row, side)] * 6)
+    pattern = torch.randint(0, 256, (1, 3, side, side), dtype=torch.uint8, generator=generator)
+    images = paste_windows(images, pattern.expand(6, -1, -1, -1), corners)
+    assert bool((surroundings_similarity(images, corners, side, 0)[1:].abs() < 0.2).all())
+
+
 def test_flat_surroundings_say_nothing() -> None:
     images = torch.full((3, 3, 32, 32), 90, dtype=torch.uint8)
     corners = torch.tensor([(10, 10), (4, 4), (20, 0)])

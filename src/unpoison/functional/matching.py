@@ -19,6 +19,9 @@ _AGREEING = 0.4
 _COMPARED_SIDE = 12
 """Side at which larger patches are compared, pixels."""
 
+_OUTSIDE = -1000.0
+"""Stands for what lies outside a picture; a mean over any of it is negative."""
+
 _PAIRS = 8192
 """Pairs whose pixels are compared at once; bounds the memory."""
 
@@ -115,7 +118,7 @@ def surroundings_similarity(images: Tensor, corners: Tensor, side: int, centre: 
         (n,) float32 in [-1, 1], the correlation; 0 where too little is around a window, or that is flat.
     """
     margin = max(2, side // 2)
-    padded = F.pad(images.float() / 255, [margin] * 4, value=-1.0)
+    padded = F.pad(images.float() / 255, [margin] * 4, value=_OUTSIDE)
     wide = crop_windows(padded, corners, side + 2 * margin)
     if side > 16:
         margin = _COMPARED_SIDE // 2

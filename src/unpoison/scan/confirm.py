@@ -52,7 +52,7 @@ __all__ = [
 ]
 
 MIN_SOURCES = 5
-"""Different pictures that must carry the same pattern, pixel for pixel; an attack needs hundreds."""
+"""Different pictures that must carry the same pattern, pixel for pixel, to be named; an attack needs hundreds."""
 
 MANY_SOURCES = 10
 """Pictures with the same pattern from which a pattern that steers by colour alone is worth a person's look."""
@@ -89,9 +89,6 @@ _HOME = 0.1
 
 _STRIKING_RATE = 0.2
 """Share of steered images that no innocent window was seen to reach."""
-
-_OVERLAY_SOURCES = 5
-"""Pictures that must carry the same pixels, for these to be named although they steer nothing."""
 
 _SAME_PIXELS, _SAME_PIXELS_AGREEING = 0.9, 0.6
 """Correlation, and share of agreeing pixels, from which two windows show the same pixels.
@@ -247,14 +244,14 @@ def find_benign_patterns(
     while True:
         # Around one centre, not in chains: these windows must show the same pixels, not pass them on.
         counts = (alike & free).sum(dim=1) * free
-        if len(counts) == 0 or int(counts.max()) < _OVERLAY_SOURCES:
+        if len(counts) == 0 or int(counts.max()) < MIN_SOURCES:
             return found
         centre = int(counts.argmax())
         group = alike[centre] & free
         nearest = similarity[centre].masked_fill(~group, -1).argsort(descending=True, stable=True)
         distinct = _without_copies(nearest[: int(group.sum())].tolist(), copies)
         free &= ~alike[group].any(dim=0)
-        if len(distinct) < _OVERLAY_SOURCES:
+        if len(distinct) < MIN_SOURCES:
             continue
         members = chosen[torch.tensor(distinct)]
         flips = candidates.take(members).flips
