@@ -293,8 +293,7 @@ def train(
                 group["lr"] = rate * recipe.learning_rate * batch_size / 256
             batch = images.pixels[rows].to(on)
             first, second = (
-                (random_views(batch, views, generator=generator) - mean) / std
-                for views in _views(config)
+                (random_views(batch, views, generator=generator) - mean) / std for views in _views(config)
             )
             more: tuple[Mixtures | Tensor, ...] = () if companions is None else (companions[rows].to(on),)
             if config.i_cutmix:
