@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from unpoison.errors import ConfigError, ShapeError
+from unpoison.functional.colours import standardise
 from unpoison.records import Geometry
 from unpoison.runtime import autocast, choose_device, choose_precision
 
@@ -49,7 +50,6 @@ class Encoder:
             mode, its gradients are switched off, and it is moved to `device`.
         preprocessing: see `Preprocessing`.
         name: shown in reports.
-        attention_layer: the convolutional layer that Grad-CAM explains; None lets Grad-CAM choose.
         device, precision: see `runtime.choose_device` and `runtime.choose_precision`.
         fingerprint: hex digest of the weights' file, empty if they came from memory.
     """
@@ -76,16 +76,12 @@ class Encoder:
             network.eval().requires_grad_(False).to(self.device)
             if any(p.ndim == 4 for p in network.parameters()):
                 network.to(memory_format=torch.channels_last)
-        shape = (1, 3, 1, 1)
-        self._mean = torch.tensor(preprocessing.mean, device=self.device).view(shape)
-        self._std = torch.tensor(preprocessing.std, device=self.device).view(shape)
+        self._mean = torch.tensor(preprocessing.mean, device=self.device)
+        self._std = torch.tensor(preprocessing.std, device=self.device)
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8, or float in [0, 1], (N, 3, S, S) on any device, to what the network takes."""
-        images = images.to(self.device)
-        if images.dtype == torch.uint8:
-            images = images.float().div_(255)
-        return (images - self._mean) / self._std
+        return standardise(images.to(self.device), self._mean, self._std)
 
     @torch.inference_mode()
     def features(self, images: Tensor) -> Tensor:

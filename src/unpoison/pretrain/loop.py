@@ -21,6 +21,7 @@ from unpoison.encoders.backbones import Architecture, build_backbone
 from unpoison.encoders.encoder import Encoder, Preprocessing
 from unpoison.encoders.weights import unpickle_restricted
 from unpoison.errors import CheckpointError, ConfigError, NothingToScanError, NoVerdictError
+from unpoison.functional.colours import standardise
 from unpoison.pretrain.byol import BYOL
 from unpoison.pretrain.collapse import measure_diversity
 from unpoison.pretrain.i_cutmix import Mixtures, draw_mixture
@@ -279,7 +280,7 @@ def train(
     losses = state.restore(module, optimiser)
     steps_per_epoch = len(images) // batch_size
     steps = config.epochs * steps_per_epoch
-    mean, std = (torch.tensor(v, device=on).view(1, 3, 1, 1) for v in (preprocessing.mean, preprocessing.std))
+    mean, std = (torch.tensor(v, device=on) for v in (preprocessing.mean, preprocessing.std))
     sample = images.pixels[:: max(1, len(images) // _SAMPLE)][:_SAMPLE]
     for epoch in range(len(losses), config.epochs):
         generator = stage_generator(seed, f"pretrain/epoch/{epoch}")
@@ -293,7 +294,8 @@ def train(
                 group["lr"] = rate * recipe.learning_rate * batch_size / 256
             batch = images.pixels[rows].to(on)
             first, second = (
-                (random_views(batch, views, generator=generator) - mean) / std for views in _views(config)
+                standardise(random_views(batch, views, generator=generator), mean, std)
+                for views in _views(config)
             )
             more: tuple[Mixtures | Tensor, ...] = () if companions is None else (companions[rows].to(on),)
             if config.i_cutmix:
@@ -303,11 +305,7 @@ def train(
                 )
                 more = ((one, two),)
             with autocast(on, dtype):
-                loss = method(
-                    first.contiguous(memory_format=torch.channels_last),
-                    second.contiguous(memory_format=torch.channels_last),
-                    *more,
-                )
+                loss = method(first, second, *more)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
@@ -316,7 +314,7 @@ def train(
             progress(f"pretrain {config.method}", (step + 1) * batch_size, steps * batch_size)
         losses = (*losses, float(total) / steps_per_epoch)
         with autocast(on, dtype):
-            _refuse_collapse(method.backbone, (sample.to(on).float() / 255 - mean) / std, losses)
+            _refuse_collapse(method.backbone, standardise(sample.to(on), mean, std), losses)
         state.save(module, optimiser, losses)
     encoder = Encoder(
         method.backbone, preprocessing, name=f"{config.method} {recipe.arch}", device=on, precision=precision

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from unpoison.data.views import ViewConfig, crop_and_flip, recolour
 from unpoison.encoders.backbones import Architecture, build_backbone
 from unpoison.errors import ConfigError, NoVerdictError, ShapeError
+from unpoison.functional.colours import standardise
 from unpoison.functional.windows import crop_windows, paste_windows
 from unpoison.records import ImageSet
 from unpoison.runtime import (
@@ -158,7 +159,7 @@ class PoisonClassifier:
         parts = []
         for start in range(0, len(pixels), batch_size):
             batch = pixels[start : start + batch_size].to(self.device).float().div_(255)
-            odds = _log_odds(self.networks, _normalise(batch, self.mean, self.std), self.precision)
+            odds = _log_odds(self.networks, standardise(batch, self.mean, self.std), self.precision)
             parts.append(torch.sigmoid(odds).cpu())
             progress("classify", min(start + batch_size, len(pixels)), len(pixels))
         return torch.cat(parts) if parts else torch.empty(0)
@@ -357,7 +358,7 @@ class _Trainer:
         for step in range(1, config.iterations + 1):
             views, labels = next(batches)
             with autocast(self.device, self.precision):
-                logits = network(_normalise(views, self.mean, self.std))
+                logits = network(standardise(views, self.mean, self.std))
             loss = F.cross_entropy(logits.float(), labels)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -380,7 +381,7 @@ class _Trainer:
         parts = []
         for start in range(0, len(pixels), 512):
             batch = pixels[start : start + 512].to(self.device).float().div_(255)
-            parts.append(_log_odds(networks, _normalise(batch, self.mean, self.std), self.precision).cpu())
+            parts.append(_log_odds(networks, standardise(batch, self.mean, self.std), self.precision).cpu())
         return torch.cat(parts) if parts else torch.empty(0)
 
     def _batches(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
@@ -423,11 +424,6 @@ class _Trainer:
             harmless = self.benign[torch.randint(len(self.benign), (n,), generator=generator)]
         kind = torch.randint(3, (n,), generator=generator)[:, None, None, None]
         return torch.where(kind == 0, shuffled, torch.where(kind == 1, anything, harmless))
-
-
-def _normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    scaled = (images - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)
-    return scaled.contiguous(memory_format=torch.channels_last)
 
 
 @torch.no_grad()
