@@ -70,14 +70,6 @@ def test_every_image_of_a_batch_gets_its_own_view(config: ViewConfig) -> None:
     assert len({tuple(view.flatten().tolist()) for view in seen}) >= 20
 
 
-def test_views_of_another_side_show_the_same_parts() -> None:
-    images = pictures(24, 32)
-    whole = random_views(images, STRONG, generator=generator(5))
-    small = random_views(images, replace(STRONG, side=16), generator=generator(5))
-    assert small.shape == (24, 3, 16, 16)
-    assert (torch.nn.functional.avg_pool2d(whole, 2) - small).abs().mean() < 0.01
-
-
 def test_no_augmentation_is_the_image_itself_up_to_the_aspect_ratio() -> None:
     # A whole-area crop with another aspect ratio is cut to the picture, so at most one side shrinks.
     images = pictures(64)
@@ -211,9 +203,6 @@ def test_settings_out_of_range_are_refused() -> None:
     for crop in (0.0, 1.5):
         with pytest.raises(ConfigError, match=rf"crop={crop}: expected a share of the area in \(0, 1\]"):
             ViewConfig(crop=crop)
-    for side in (0, 7, 2048):
-        with pytest.raises(ConfigError, match=rf"side={side}: expected 8 to 1024 pixels"):
-            ViewConfig(side=side)
     for jitter in ((-0.1, 0, 0, 0), (0, 2, 0, 0), (0, 0, 0, 0.6)):
         with pytest.raises(
             ConfigError, match=r"expected three strengths in \[0, 1\] and a hue in \[0, 0.5\]"

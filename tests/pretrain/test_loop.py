@@ -46,22 +46,6 @@ def same(first: TrainedEncoder, second: TrainedEncoder) -> bool:
     return first.losses == second.losses and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("i_cutmix", [False, True])
-def test_views_may_be_smaller_than_the_images(images: ImageSet, i_cutmix: bool) -> None:
-    config = replace(TINY, views=ViewConfig(side=8), i_cutmix=i_cutmix)
-    trained = train(images, replace(config, second_views=ViewConfig(side=12)))
-    assert trained.encoder.preprocessing.geometry.size == 16 and trained.architecture.image_size == 16
-    assert not same(trained, train(images, replace(TINY, i_cutmix=i_cutmix)))
-
-
-def test_views_that_a_network_cannot_take_are_refused(images: ImageSet) -> None:
-    config = replace(TINY, arch="vit_tiny", second_views=ViewConfig(side=8))
-    with pytest.raises(
-        ConfigError, match=r"^views of side=8: vit_tiny takes images of 16 pixels only; leave the side out$"
-    ):
-        train(images, config)
-
-
 class KilledError(Exception):
     """Stands for a kill."""
 

@@ -55,7 +55,7 @@ class Chosen:
     signature: str
 
 
-_LATER = {"i_cutmix": False, "distill": None, "side": None}
+_LATER = {"i_cutmix": False, "distill": None}
 """Settings that came after the first results, and the value that leaves everything as it was."""
 
 

@@ -23,15 +23,12 @@ class ViewConfig:
 
     Attributes:
         crop: smallest share of the area that a crop keeps, (0, 1].
-        side: of the views, pixels, at least 8; None leaves that of the images. A network without a fixed input that
-            learns from smaller views than it is used with trains faster (Touvron et al., NeurIPS 2019).
         flip: mirror left and right with probability ½.
         jitter: strengths of brightness, contrast, saturation and hue, as in torchvision's ColorJitter.
         jitter_probability, grey_probability, blur_probability, solarise_probability: in [0, 1], decided per image.
     """
 
     crop: float = 0.3
-    side: int | None = None
     flip: bool = True
     jitter: tuple[float, float, float, float] = (0.2, 0.2, 0.2, 0.05)
     jitter_probability: float = 0.8
@@ -42,8 +39,6 @@ class ViewConfig:
     def __post_init__(self) -> None:
         if not 0 < self.crop <= 1:
             raise ConfigError(f"crop={self.crop}: expected a share of the area in (0, 1]")
-        if self.side is not None and not 8 <= self.side <= 1024:
-            raise ConfigError(f"side={self.side}: expected 8 to 1024 pixels")
         if any(s < 0 for s in self.jitter) or max(self.jitter[:3]) > 1 or self.jitter[3] > 0.5:
             raise ConfigError(
                 f"jitter={self.jitter}: expected three strengths in [0, 1] and a hue in [0, 0.5]"
@@ -66,7 +61,7 @@ def random_views(images: Tensor, config: ViewConfig, *, generator: torch.Generat
         generator: a CPU generator; the draws do not depend on the device.
 
     Returns:
-        (N, 3, V, V) float32 in [0, 1], on the images' device; V is the views' side, S where none is set.
+        (N, 3, S, S) float32 in [0, 1], on the images' device.
     """
     return recolour(crop_and_flip(images, config, generator=generator), config, generator=generator)
 
@@ -80,7 +75,7 @@ def crop_and_flip(images: Tensor, config: ViewConfig, *, generator: torch.Genera
         generator: a CPU generator; the draws do not depend on the device.
 
     Returns:
-        (N, 3, V, V) float32 in [0, 1], as `random_views`; shares no memory with the images.
+        (N, 3, S, S) float32 in [0, 1], on the images' device; shares no memory with the images.
     """
     return _crop_and_flip(
         images.float().div_(255) if images.dtype == torch.uint8 else images, config, generator
@@ -131,7 +126,7 @@ def _crop_and_flip(images: Tensor, config: ViewConfig, generator: torch.Generato
     y = _uniform(n, -1, 1, generator) * (1 - height)
     mirrored = (torch.rand(n, generator=generator) < 0.5) & torch.tensor(config.flip)
     # Not by affine_grid, whose matrix product takes as long as the sampling: nothing is rotated.
-    size = config.side or images.shape[-1]
+    size = images.shape[-1]
     centres = ((2 * torch.arange(size) + 1) / size - 1).to(images.device)
     maps = torch.stack((x, torch.where(mirrored, -width, width), y, height))[..., None].to(images.device)
     grid = torch.empty(n, size, size, 2, device=images.device)

@@ -272,7 +272,7 @@ def train(
     # A queue that holds most of the data set would hold each image's own older key as a negative.
     recipe = replace(recipe, queue_size=max(batch_size, min(recipe.queue_size, len(images) // 2)))
     with seeded(seed, "pretrain/initialisation"):
-        method = _build(architecture, kind, recipe, [views.side for views in _views(config) if views.side])
+        method = _build(architecture, kind, recipe)
     module = cast(nn.Module, method).to(on, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimiser = OPTIMISERS[recipe.optimiser](module, recipe)
     run = {"config": asdict(config), "seed": seed, "images": images.fingerprint, "origin": origin}
@@ -295,14 +295,11 @@ def train(
             batch = images.pixels[rows].to(on)
             first, second = (
                 standardise(random_views(batch, views, generator=generator), mean, std)
-                for views in _views(config)
+                for views in (config.views, config.second_views or config.views)
             )
             more: tuple[Mixtures | Tensor, ...] = () if companions is None else (companions[rows].to(on),)
             if config.i_cutmix:
-                one, two = (
-                    draw_mixture(batch_size, views.shape[-1], generator=generator)
-                    for views in (first, second)
-                )
+                one, two = (draw_mixture(batch_size, images.size, generator=generator) for _ in range(2))
                 more = ((one, two),)
             with autocast(on, dtype):
                 loss = method(first, second, *more)
@@ -341,29 +338,13 @@ def _measure_preprocessing(images: ImageSet) -> Preprocessing:
     )
 
 
-def _views(config: PretrainConfig) -> tuple[ViewConfig, ViewConfig]:
-    """Of the first and of the second view."""
-    return config.views, config.second_views or config.views
-
-
 def _build(
-    architecture: Architecture,
-    kind: Callable[[nn.Module, int, Recipe], Method],
-    recipe: Recipe,
-    sides: list[int],
+    architecture: Architecture, kind: Callable[[nn.Module, int, Recipe], Method], recipe: Recipe
 ) -> Method:
-    """The module that is trained; its backbone is tried on images of its own side, and on views of these sides."""
-    backbone = build_backbone(architecture).eval()
+    backbone = build_backbone(architecture)
     with torch.no_grad():
-        feature_size = backbone(torch.zeros(2, 3, architecture.image_size, architecture.image_size)).shape[1]
-        for side in sides:
-            try:
-                backbone(torch.zeros(2, 3, side, side))
-            except (AssertionError, RuntimeError) as error:  # what timm's fixed inputs raise
-                raise ConfigError(
-                    f"views of side={side}: {architecture.name} takes images of {architecture.image_size} pixels "
-                    "only; leave the side out"
-                ) from error
+        probe = torch.zeros(2, 3, architecture.image_size, architecture.image_size)
+        feature_size = backbone.eval()(probe).shape[1]
     return kind(backbone, feature_size, recipe)
 
 
