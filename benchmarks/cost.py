@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, replace
 
 import cifar5
 import common
+import pictures
 import tiny
 
 from unpoison.attack.ssl_backdoor import poison
@@ -169,7 +170,8 @@ def by_cell(results):
 
 
 def table(results):
-    return f"{measured(results)}\n\n{counted(results)}"
+    picture = pictures.linked(NAME, "Seconds of each stage, as published and by default")
+    return f"{measured(results)}\n\n{picture}\n\n{counted(results)}"
 
 
 def measured(results):
@@ -252,8 +254,23 @@ def counted(results):
     return f"{common.markdown(header, lines)}\n\n{checked}"
 
 
+def profile(results):
+    """The mean seconds of each stage, before (as published) and after, of the first kind of victim."""
+    cell, scans = next(iter(by_cell(results).items()))
+    seeds = set.intersection(*(set(rows) for rows in scans.values()))
+    shown = {}
+    for name in (name for name in ("faithful", "default", "race") if name in scans):
+        rows = [scans[name][seed] for seed in sorted(seeds)]
+        stages = dict.fromkeys(stage for row in rows for stage in row["stage_seconds"])
+        shown[name] = {
+            stage: statistics.fmean(row["stage_seconds"].get(stage, 0.0) for row in rows) for stage in stages
+        }
+    return pictures.bars(f"{cell}: seconds of each stage, mean over {len(seeds)} victims", shown)
+
+
 if __name__ == "__main__":
     options = common.parse(__doc__, seeds=range(5), cases=[cell.name for cell in CELLS])
     code = common.run_jobs(NAME, jobs(options), options)
+    pictures.draw(NAME, profile)
     common.print_table(NAME, table)
     sys.exit(code)

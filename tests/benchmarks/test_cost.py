@@ -2,6 +2,7 @@ import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -52,6 +53,15 @@ def test_the_second_table_is_the_cost_model():
     text = cost.counted({"rows": ROWS})
     expected = expected_cost(ScanConfig().resolve(5000, 32), 5000, 32).expected
     assert f"| 5000 of 32 px | {expected} |" in text and "as a share of those expected" in text
+
+
+def test_the_profile_shows_the_stages_of_scans_of_the_same_victims():
+    rows = [{**row, "stage_seconds": {"explore": 6.0 + row["seed"], "a<b": 1.0}} for row in ROWS[1:]]
+    rows += [scan("default", 2, stage_seconds={"explore": 900.0})]
+    svg = cost.profile({"rows": rows})
+    assert "mean over 2 victims" in svg and "default, 8 s" in svg and "faithful, 8 s" in svg
+    assert "a&lt;b" in svg and "a<b" not in svg and "race" not in svg
+    ElementTree.fromstring(svg)
 
 
 def test_a_part_of_the_images_keeps_its_part_of_the_answer_key():
