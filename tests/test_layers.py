@@ -22,7 +22,7 @@ LAYERS = [
     {"functional"},
     {"data", "encoders"},
     set(VERBS),
-    {"report", "runs"},
+    {"report", "runs", "caches"},
     {"pipeline", "patch_pipeline", "detector_pipeline", "audit_pipeline"},
     {"demo", "benchmark"},
     {"cli"},

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from unpoison.caches import RUN_MARK
 from unpoison.data.export import write_json_atomically, write_lines_atomically
 from unpoison.errors import ConfigError, DataError
 from unpoison.records import BenignPattern, Box, Evidence, ScanResult, TriggerFinding
@@ -39,8 +40,6 @@ _OURS = (
 )
 _OUR_FOLDERS = ("cache", "triggers", "benign")
 _OTHER_FILES = ("encoder.safetensors", "detector.safetensors", "report.sarif", "report.txt", "log.txt")
-_MARK = "unpoison_run"
-"""Tells our run.json from another program's, whose folder must not be cleared; its value is the file's schema."""
 
 
 class Stages:
@@ -104,7 +103,7 @@ class RunFolder(Stages):
         super().__init__()
         self.path = path
         self.cache = path / "cache"
-        settings = json.loads(json.dumps({_MARK: 1, **settings}))  # as it will be read back
+        settings = json.loads(json.dumps({RUN_MARK: 1, **settings}))  # as it will be read back
         if path.exists() and not path.is_dir():
             raise ConfigError(f"{path}: is a file; --out names a folder")
         # A log may be there already: the command line opens it before it knows whether the run is a new one.
@@ -138,7 +137,7 @@ class RunFolder(Stages):
             raise ConfigError(
                 f"{self.path}: exists and holds no unpoison run; choose another --out, nothing was changed"
             ) from error
-        if not isinstance(earlier, dict) or _MARK not in earlier:
+        if not isinstance(earlier, dict) or RUN_MARK not in earlier:
             raise ConfigError(
                 f"{self.path}: its run.json is not of an unpoison run; choose another --out, nothing was changed"
             )

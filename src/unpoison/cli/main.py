@@ -35,6 +35,7 @@ VERBS = {
     "evaluate": "Measure an encoder and an attack on it; measure a scan against the answer key.",
     "report": "Render report.html of a run again.",
     "benchmark": "Run a whole study from a task file, with tables beside the papers' figures.",
+    "cache": "Show or remove what lets killed runs go on, RUN/cache.",
     "doctor": "Show versions, devices, and whether references resolve; runs nothing.",
     "schema": "Print the JSON schema of verdict, findings or plan.",
 }
