@@ -1,6 +1,7 @@
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
@@ -112,6 +113,7 @@ def test_every_option_reaches_the_scan(run, scanning, image_folder, tmp_path):
         (["--alpha", "2"], "alpha=2.0: expected a false-alarm rate"),
         (["--method", "magic"], "method='magic': expected auto or poisoncam or patchsearch"),
         (["--batch-size", "few"], "--batch-size few: expected auto"),
+        (["--compile"], "--compile speeds up the encoder that --encoder names; name one"),
         (["--only", "missing.txt"], "--only missing.txt cannot be read"),
     ],
 )
@@ -167,6 +169,14 @@ def test_an_encoder_is_a_reference_and_is_loaded_here_only_when_it_needs_help(
     )
     assert [call["encoder"] for call in calls] == ["timm:resnet18", "loaded"]
     assert loads == [("a.pth", {"arch": "resnet18", "image_size": 64, "device": "auto", "precision": "auto"})]
+
+
+def test_an_encoder_is_compiled_on_demand(run, scanning, image_folder, tmp_path, monkeypatch):
+    calls, loaded = scanning(fake_result()), Mock()
+    monkeypatch.setattr("unpoison.encoders.checkpoints.load_encoder", lambda name, **options: loaded)
+    done = run("scan", image_folder, "--out", tmp_path / "run", "--encoder", "timm:resnet18", "--compile")
+    assert done.exit_code == 1 and calls[0]["encoder"] is loaded
+    loaded.compile.assert_called_once_with()
 
 
 def test_without_an_encoder_it_says_that_it_trains_one(run, scanning, image_folder, tmp_path):

@@ -130,3 +130,38 @@ def test_a_batch_that_does_not_fit_is_halved_and_so_are_the_next() -> None:
 def test_one_image_that_does_not_fit_is_an_error() -> None:
     with pytest.raises(torch.OutOfMemoryError):
         encoder(Small(0)).features(pixels(4))
+
+
+def test_a_compiled_network_is_shown_the_images_and_the_plain_one_stays(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())
+    monkeypatch.setattr(torch, "compile", lambda module: lambda images: module(images) + 1)
+    plain, compiled = encoder(network), encoder(network).compile()
+    assert torch.equal(compiled.features(pixels()), plain.features(pixels()) + 1)
+    assert compiled.network is network and compiled.images_shown == 5
+
+
+def test_a_compiler_that_fails_costs_a_warning_and_no_scan(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(images: Tensor) -> Tensor:
+        raise OSError("no C++ compiler\nmore")
+
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())
+    monkeypatch.setattr(torch, "compile", lambda module: broken)
+    compiled = encoder(network).compile()
+    with pytest.warns(
+        UserWarning, match=r"^torch.compile failed, the plain network goes on: no C\+\+ compiler$"
+    ):
+        seen = compiled.features(pixels())
+    assert torch.equal(seen, encoder(network).features(pixels()))
+    assert torch.equal(compiled.features(pixels()), seen)  # without another warning
+    with pytest.raises(ConfigError, match=r"only an nn.Module can be compiled"):
+        encoder().compile()
+
+
+@pytest.mark.slow
+def test_compiled_features_are_those_of_the_plain_network_in_batches_of_any_size() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten())
+    plain, compiled = encoder(network), encoder(network).compile()
+    for n in (5, 5, 3, 1):
+        torch.testing.assert_close(compiled.features(pixels(n)), plain.features(pixels(n)))

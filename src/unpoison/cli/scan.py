@@ -241,6 +241,12 @@ def scan(
     seed: Seed = 0,
     device: Device = "auto",
     precision: Precision = "auto",
+    compile_: Annotated[
+        bool,
+        typer.Option(
+            "--compile", help="Speed the encoder up by torch.compile; for long scans.", rich_help_panel=_COST
+        ),
+    ] = False,
     batch_size: BatchSize = "auto",
     workers: Workers = None,
     as_json: Json = False,
@@ -254,6 +260,8 @@ def scan(
     """
     screen = Screen(as_json=as_json, quiet=quiet)
     check_formats(formats)
+    if compile_ and encoder is None:
+        raise ConfigError("--compile speeds up the encoder that --encoder names; name one, or leave it out")
     config = ScanConfig(
         method=method,
         clusters=clusters,
@@ -294,8 +302,10 @@ def scan(
             more["pretrain_config"] = PretrainConfig(epochs=epochs)
         if image_size is not None:
             more["image_size"] = image_size
-    elif arch is not None or image_size is not None:
+    elif arch is not None or image_size is not None or compile_:
         chosen = load_encoder(encoder, arch=arch, image_size=image_size, device=device, precision=precision)
+    if compile_:
+        chosen.compile()
     if dry_run:
         seen = pipeline.preview(
             images,
