@@ -59,7 +59,9 @@ def test_the_tables_of_demo_and_throughput():
     assert "| after cleaning | 90.0 | 20.0 | 60.0 | 1.0 |" in tables.TABLES["demo"](DEMO)
     trained = {**SPEED, "case": "tiny", "train_seconds": 61.2}
     text = tables.TABLES["throughput"]({"rows": [{**ABOUT, **SPEED}, {**ABOUT, **trained}]})
-    assert "8000 … 9000 | 7000 | 5.0 | 1.5 | 90 |" in text and "| tiny | 61 | " in text
+    assert "8000 … 9000 | – | 7000 | 5.0 | 1.5 | 90 |" in text and "| tiny | 61 | " in text
+    compiled = {**ABOUT, **SPEED, "compiled_per_second": 9500.2, "compile_seconds": 21.4}
+    assert "| 9500 (21) | 7000 |" in tables.TABLES["throughput"]({"rows": [compiled]})
 
 
 def test_the_readme_holds_what_the_results_say():
