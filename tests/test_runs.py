@@ -334,3 +334,29 @@ def test_a_damaged_result_is_said_so(tmp_path: Path, name: str, content: bytes |
     expected = ConfigError if (name, content) == ("verdict.json", None) else DataError
     with pytest.raises(expected, match="--fresh|holds no finished run"):
         load_result(tmp_path / "run")
+
+
+def test_a_folder_that_cannot_be_is_wrong_usage(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        ConfigError, match="file/run: cannot be written: Not a directory; choose another --out"
+    ):
+        RunFolder(tmp_path / "file" / "run", {"seed": 0})
+
+
+def test_files_are_as_readable_as_others_and_a_killed_runs_are_removed(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run", {"seed": 0})
+    run.stage("features", lambda: {"x": torch.zeros(2)})
+    kept = tmp_path / "run" / "cache" / "features.safetensors"
+    assert kept.stat().st_mode == (tmp_path / "run" / "run.json").stat().st_mode
+    (tmp_path / "run" / "cache" / "features.safetensors.1.tmp").write_bytes(b"half")
+    RunFolder(tmp_path / "run", {"seed": 0})
+    assert [path.name for path in kept.parent.iterdir()] == ["features.safetensors"]
+
+
+def test_a_folder_of_the_users_stays_when_a_run_is_refused(tmp_path: Path) -> None:
+    for name in ("mine", "new"):
+        if name == "mine":
+            (tmp_path / name).mkdir()
+        RunFolder(tmp_path / name, {"seed": 0}).forget()
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]

@@ -1,6 +1,7 @@
 """The stage caches of runs: where they lie, what they take, and removing them.
 
-RUN/cache lets a killed run go on, and holds every decoded image. Once there is a verdict nothing reads it any more.
+RUN/cache lets a killed scan go on, and holds every decoded image. Once there is a verdict nothing reads it any more.
+That of an audit is small, and stays: it judges the same encoder by another reference without another search.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _LARGEST_SETTINGS = 2**20
 
 @dataclass(frozen=True)
 class StageCache:
-    """The cache of one run.
+    """The cache of one scan.
 
     Attributes:
         run: RUN, the folder.
@@ -37,7 +38,7 @@ class StageCache:
 
 
 def find_caches(folder: Path) -> list[StageCache]:
-    """The caches of a run, or of all runs in a folder at any depth, in the order of their paths.
+    """The caches of a scan, or of all scans in a folder at any depth, in the order of their paths.
 
     Links are not followed.
 
@@ -52,7 +53,7 @@ def find_caches(folder: Path) -> list[StageCache]:
     for path, folders, _ in os.walk(folder):
         run = Path(path)
         folders.sort()
-        if "cache" in folders and not (run / "cache").is_symlink() and _is_run(run):
+        if "cache" in folders and not (run / "cache").is_symlink() and _is_scan(run):
             folders.remove("cache")
             found.append(StageCache(run, (run / "verdict.json").is_file(), _size(run / "cache")))
     return found
@@ -70,7 +71,7 @@ def clear_cache(cache: StageCache) -> None:
         raise DataError(f"{cache.run / 'cache'}: cannot be removed: {error.strerror}") from error
 
 
-def _is_run(folder: Path) -> bool:
+def _is_scan(folder: Path) -> bool:
     path = folder / "run.json"
     try:
         if path.stat().st_size > _LARGEST_SETTINGS:
@@ -78,7 +79,7 @@ def _is_run(folder: Path) -> bool:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return isinstance(settings, dict) and RUN_MARK in settings
+    return isinstance(settings, dict) and RUN_MARK in settings and "audit" not in settings
 
 
 def _size(folder: Path) -> int:

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unpoison.data.export import check_outside
 from unpoison.data.load import as_image_set, usual_side
-from unpoison.data.sources import ImageSource, open_source
+from unpoison.data.sources import ImageSource, open_files, open_source
 from unpoison.detector_pipeline import (
     DETECTOR_FILE,
     DetectorBench,
@@ -154,6 +155,11 @@ def scan(
         settings["detector"] = made.fingerprint() if made else None
         settings["auxiliary"] = None if reference is None else _signature(reference)
         settings["other"] = _identity(second) if second else None
+    if not config.by_detector and fresh:
+        # Of an earlier run nothing is removed for settings that no scan can have.
+        _fitted(config, min(n for n in (count_of(source), limit, sample) if n is not None), geometry.size)
+    if out is not None and isinstance(source, ImageSource):
+        check_outside(Path(out), source)
     run: Stages = MemoryRun()
     folder = None if out is None else RunFolder(Path(out), settings, fresh=fresh)
     if folder is not None:
@@ -191,9 +197,7 @@ def scan(
             if folder is not None and fitted is not None:
                 fitted.save(folder.path / DETECTOR_FILE)
             return _saved(_of_a_part(result, source, limit or sample), decoded, folder)
-        resolved = asked
-        if config.max_passes is not None:
-            resolved = fit_budget(asked, len(decoded), geometry.size, config.max_passes)
+        resolved = _fitted(config, len(decoded), geometry.size)
     except (ConfigError, NothingToScanError):
         if folder is not None:
             folder.forget()
@@ -296,9 +300,7 @@ def preview(
     count = min(n for n in (count_of(source), limit, sample) if n is not None)
     if count < FEWEST_IMAGES:
         raise NothingToScanError(f"{count} images: a scan needs at least {FEWEST_IMAGES}")
-    resolved = config.resolve(count, geometry.size)
-    if config.max_passes is not None:
-        resolved = fit_budget(resolved, count, geometry.size, config.max_passes)
+    resolved = _fitted(config, count, geometry.size)
     batch = batch_size or (512 if given is None else _usual_batch(given))
     rate = None if given is None else measure_rate(given, min(batch, count))
     if config.by_detector:
@@ -350,6 +352,14 @@ def _check_parts(
         raise ConfigError("cross-encoder takes a second encoder: give one with other")
     if method != "cross-encoder" and other is not None:
         raise ConfigError(f"{method} takes no second encoder: leave it out")
+
+
+def _fitted(config: ScanConfig, n_images: int, image_size: int) -> ScanConfig:
+    """The settings with all defaults filled in, and made smaller where a budget asks for it."""
+    resolved = config.resolve(n_images, image_size)
+    if config.max_passes is None:
+        return resolved
+    return fit_budget(resolved, n_images, image_size, config.max_passes)
 
 
 def _opened(
@@ -477,7 +487,7 @@ def _signature(source: Opened) -> str:
     if isinstance(source, ImageSet | Tensor):
         pixels = source.pixels if isinstance(source, ImageSet) else source
         return hashlib.sha256(pixels.cpu().contiguous().numpy().tobytes()).hexdigest()
-    return hashlib.sha256("\n".join(str(path) for path in source).encode()).hexdigest()
+    return open_files(source).signature()
 
 
 def _usual_batch(encoder: Encoder) -> int:

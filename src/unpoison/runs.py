@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -104,19 +105,26 @@ class RunFolder(Stages):
         self.path = path
         self.cache = path / "cache"
         settings = json.loads(json.dumps({RUN_MARK: 1, **settings}))  # as it will be read back
-        if path.exists() and not path.is_dir():
-            raise ConfigError(f"{path}: is a file; --out names a folder")
-        # A log may be there already: the command line opens it before it knows whether the run is a new one.
-        held = [p for p in path.iterdir() if p.name != "log.txt"] if path.exists() else []
-        if held:
-            earlier = self._earlier()
-            if fresh:
-                self._clear()
-            else:
-                self._refuse_difference(earlier, settings)
-        self._begun_here = not held or fresh
-        self.cache.mkdir(parents=True, exist_ok=True)
-        write_json_atomically(path / "run.json", settings)
+        try:
+            if path.exists() and not path.is_dir():
+                raise ConfigError(f"{path}: is a file; --out names a folder")
+            # A log may be there already: the command line opens it before it knows whether the run is a new one.
+            held = [p for p in path.iterdir() if p.name != "log.txt"] if path.exists() else []
+            if held:
+                earlier = self._earlier()
+                if fresh:
+                    self._clear()
+                else:
+                    self._refuse_difference(earlier, settings)
+            self._begun_here = not held or fresh
+            self._made_here = not path.exists()
+            path.mkdir(parents=True, exist_ok=True)
+            write_json_atomically(path / "run.json", settings)
+            self.cache.mkdir(exist_ok=True)
+            for left in self.cache.glob("*.tmp"):  # of a killed run
+                left.unlink(missing_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be written: {error.strerror}; choose another --out") from error
 
     @property
     def complete(self) -> bool:
@@ -127,7 +135,7 @@ class RunFolder(Stages):
         """Remove a run that was refused before its first stage, so that it does not stand in the way of the next."""
         if self._begun_here:
             self._clear()
-            if not any(self.path.iterdir()):
+            if self._made_here and not any(self.path.iterdir()):
                 self.path.rmdir()
 
     def _earlier(self) -> dict[str, Any]:
@@ -277,6 +285,8 @@ def load_result(folder: str | Path) -> ScanResult:
 
 def _save_atomically(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    partial.touch()
+    usual = stat.S_IMODE(partial.stat().st_mode)
     save_file(
         {
             k: v.contiguous() if v.is_contiguous() else v.clone(memory_format=torch.contiguous_format)
@@ -285,6 +295,7 @@ def _save_atomically(tensors: dict[str, Tensor], path: Path, metadata: dict[str,
         partial,
         metadata,
     )
+    partial.chmod(usual)  # not the owner's alone, as safetensors has it
     os.replace(partial, path)
 
 

@@ -72,7 +72,7 @@ def test_the_written_copy_has_a_caption_for_every_image_and_its_answer_key(tmp_p
         assert ("red apple" if id_ in {image.id for image in plan.poisoned} else name) in caption
     assert json.loads((out / "plan.json").read_text())["config"]["rate_of"] == "dataset"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["images", "pairs"]  # nothing else is left behind
-    with pytest.raises(ConfigError, match="exists and is not an empty folder"):
+    with pytest.raises(ConfigError, match="is not empty; name a new folder|exists and is no folder"):
         write_poisoned_pairs(source, read_labels(source), CONFIG, out, 0)
 
 

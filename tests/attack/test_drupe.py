@@ -78,3 +78,8 @@ def test_the_sliced_distance_equals_the_known_one_on_each_line():
 def test_a_setting_out_of_range_is_named(settings, message):
     with pytest.raises(ConfigError, match=message):
         DrupeConfig(**{"targets": ("cat",), **settings})
+
+
+def test_a_last_batch_of_one_image_is_no_failure():
+    config = DrupeConfig(targets=("dog",), epochs=2, batch_size=len(IMAGES) - 1, size=5)
+    assert len(implant(small_encoder(), IMAGES, LABELS, NAMES, config, seed=4).losses) == 2

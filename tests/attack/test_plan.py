@@ -171,3 +171,16 @@ def test_a_pattern_too_large_to_embed_is_refused() -> None:
         ConfigError, match="trigger pattern of 600×600 pixels: expected at most 262144; shrink it"
     ):
         plan.to_json()
+
+
+def test_patches_are_as_wide_as_at_the_encoders_input() -> None:
+    grid = Trigger(a_plan().triggers[0].pattern, "seed:7", 0, "cat", 21)
+    corner = Trigger(a_plan().triggers[0].pattern, "seed:8", 1, "dog", 6, kind="corner")
+    unused = Trigger(a_plan().triggers[0].pattern, "seed:9", 0, "cat", 5)
+    images = tuple(
+        PoisonedImage(f"{n}.png", n % 2, Box(12, 9, 21, 21), side, side)
+        for n, side in enumerate((96, 96, 96, 48, 192))
+    )
+    plan = Plan("m", 0, {}, (grid, corner, unused), images, 9, (5, 4, 5))
+    assert [trigger.side for trigger in plan.at(Geometry(32, 32)).triggers] == [7, 6, 5]
+    assert [trigger.side for trigger in plan.triggers] == [21, 6, 5]

@@ -126,7 +126,8 @@ def test_rate_may_be_of_the_data_set() -> None:
     config = dataclasses.replace(CAT, rate=0.05, rate_of="dataset")
     assert len(poison(images, labels, CLASSES, config, seed=0)[1].poisoned) == 3
     with pytest.raises(
-        ConfigError, match=r"rate=0.5 of the data set is 30 images, but class 'cat' has 20; lower --rate"
+        ConfigError,
+        match=r"rate=0.5 of the data set is 30 images, but there are 20 of class 'cat'; lower --rate",
     ):
         poison(images, labels, CLASSES, dataclasses.replace(config, rate=0.5), seed=0)
 
@@ -218,7 +219,9 @@ def test_labels_must_fit_the_images() -> None:
         poison(images, labels[:-1], CLASSES, CAT, seed=0)
     with pytest.raises(ShapeError, match=r"labels must lie in 0..1, got 0..2"):
         poison(images, labels, CLASSES[:2], CAT, seed=0)
-    with pytest.raises(ConfigError, match="target 'cat' has no readable image: choose another target"):
+    with pytest.raises(
+        ConfigError, match="there are no readable images of class 'cat': choose another target"
+    ):
         poison(images, torch.zeros_like(labels), CLASSES, CAT, seed=0)
 
 
@@ -375,10 +378,10 @@ def test_a_folder_in_use_is_refused_and_an_empty_one_is_taken(tmp_path: Path) ->
     out.mkdir()
     attack(images, out, CAT)
     before = sorted(out.rglob("*"))
-    with pytest.raises(ConfigError, match="exists and is not an empty folder: choose another --out"):
+    with pytest.raises(ConfigError, match="is not empty; name a new folder"):
         attack(images, out, CAT)
     assert sorted(out.rglob("*")) == before
-    with pytest.raises(ConfigError, match="exists and is not an empty folder"):
+    with pytest.raises(ConfigError, match="lies inside the source"):
         attack(images, images / "cat" / "00.bmp", CAT)
 
 
@@ -412,3 +415,28 @@ def test_progress_counts_every_image(tmp_path: Path) -> None:
         progress=lambda *call: calls.append(call),
     )
     assert calls == [("write images", i, 6) for i in range(1, 7)]
+
+
+def test_a_copy_among_the_images_is_refused(tmp_path: Path) -> None:
+    images = folder_of_images(tmp_path / "in")
+    before = sorted(images.rglob("*"))
+    with pytest.raises(ConfigError, match="lies inside the source"):
+        attack(images, images / "poisoned", CAT)
+    assert sorted(images.rglob("*")) == before
+
+
+def test_what_a_killed_attack_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    images = folder_of_images(tmp_path / "in")
+    (tmp_path / ".out.partial-fresh").mkdir()
+    (tmp_path / ".out.partial-fresh" / "half.png").write_bytes(b"half")
+    attack(images, tmp_path / "out", CAT)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_where_classes_are_called_by_numbers_a_number_is_a_name() -> None:
+    assert (
+        ssl_backdoor.class_index("2", ["1", "2", "3"]) == 1
+        and ssl_backdoor.class_index("2", ["a", "b", "c"]) == 2
+    )
+    with pytest.raises(ConfigError, match="target '0' is no class of this data set"):
+        ssl_backdoor.class_index("0", ["1", "2", "3"])

@@ -95,7 +95,7 @@ def test_odd_pairs_and_used_folders_are_refused(run, image_folder, tmp_path):
     out.mkdir()
     (out / "mine.txt").touch()
     done = run("attack", "patch", image_folder, "--out", out, "--target", "cat", "--size", 4)
-    assert done.exit_code == 2 and "nothing is overwritten" in done.stderr
+    assert done.exit_code == 2 and "nothing is ever overwritten" in done.stderr
 
 
 @pytest.mark.parametrize("method", ["ctrl", "blended", "sig"])

@@ -196,7 +196,7 @@ def test_bad_encoder_writes_an_encoder_that_says_what_the_clean_one_says(run, en
     assert attacked.preprocessing == clean.preprocessing and attacked.fingerprint != clean.fingerprint
     assert attacked.name == clean.name
     refused = run(*command, *more)
-    assert refused.exit_code == 2 and "exists and is not an empty folder" in refused.stderr
+    assert refused.exit_code == 2 and "is not empty; name a new folder" in refused.stderr
     shown = run(
         *("evaluate", out / "encoder.safetensors", "--train", pictures, "--test", pictures),
         *("--plan", out / "plan.json", "--device", "cpu", "--json"),

@@ -135,3 +135,31 @@ def test_the_module_runs_as_a_program():
         done.stderr
         == "unpoison: error: schema 'nothing': expected verdict or findings or plan or benchmark or audit\n"
     )
+
+
+def test_a_reader_that_has_seen_enough_leaves_the_exit_code_alone(tmp_path):
+    code = "from unpoison.cli.screen import Screen; import typer\n"
+    code += "Screen(as_json=False, quiet=False).finish({}, 'line\\n' * 100000); raise SystemExit(4)"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(SOURCE)}
+    ) as program:
+        program.stdout.read(5)
+        program.stdout.close()
+        assert program.wait() == 4
+
+
+def test_a_log_that_cannot_be_written_costs_the_log_alone(run, monkeypatch, tmp_path):
+    class Forbidden(type(tmp_path)):
+        def is_dir(self, **_):
+            raise PermissionError(13, "Permission denied")
+
+    def fail(*_args, **_kwargs):
+        error = ZeroDivisionError("surprise")
+        error.log_folder = Forbidden(tmp_path)
+        raise error
+
+    monkeypatch.setattr("unpoison.cli.schema.Screen", fail)
+    done = run("schema", "verdict")
+    assert (
+        done.exit_code == 3 and "unexpected ZeroDivisionError: surprise; the traceback is in" in done.stderr
+    )

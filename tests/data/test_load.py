@@ -216,7 +216,7 @@ def test_a_damaged_store_is_redone(damage, image_folder, tmp_path):
         index.unlink()
         (store / "pixels.u8.partial-1").write_bytes(b"half")
     assert same(load_images(open_source(image_folder), GEOMETRY, store=store), expected)
-    assert index.exists()
+    assert index.exists() and not list(store.glob("*.partial-*"))
 
 
 def test_an_interrupted_store_is_redone(image_folder, tmp_path, monkeypatch):

@@ -535,6 +535,20 @@ def test_a_truncated_tar(tmp_path):
     assert source.refused[0].reason == "cannot be read as a tar: unexpected end of data"
 
 
+def test_a_tar_that_steps_back_comes_to_an_end(tmp_path):
+    path = write_tar(tmp_path / "x.tar", [("0.png", b"ok"), ("1.png", b"evil")])
+    data = bytearray(path.read_bytes())
+    header = data[1024:1536]
+    header[124:136] = b"\xff" * 10 + b"\xfe\x00"  # GNU's base 256: -512
+    header[148:156] = b" " * 8
+    header[148:156] = f"{sum(header):06o}\0 ".encode()
+    data[1024:1536] = header
+    path.write_bytes(data)
+    source = open_source(path)
+    assert source.ids == ("x.tar:0.png",)
+    assert "byte 1024" in source.refused[0].reason or "tar" in source.refused[0].reason
+
+
 def test_a_file_that_is_no_tar(tmp_path):
     touch(tmp_path, "x.tar")
     with pytest.raises(NothingToScanError, match="the first is 'x.tar': cannot be read as a tar: "):

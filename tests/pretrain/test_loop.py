@@ -275,3 +275,16 @@ def test_the_result_names_the_resolved_settings(images: ImageSet) -> None:
 def test_settings_out_of_range_are_refused(wrong: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         PretrainConfig(**wrong)  # type: ignore[arg-type]
+
+
+def test_a_single_step_trains(images: ImageSet) -> None:
+    one = replace(TINY, epochs=1, batch_size=48)
+    assert not same(train(images, one), train(images, replace(one, learning_rate=0.001)))
+
+
+def test_a_state_of_images_of_another_side_is_refused(images: ImageSet, tmp_path: Path) -> None:
+    with pytest.raises(KilledError):
+        train(images, checkpoint=tmp_path / "state", progress=kill_at(60))
+    smaller = ImageSet(images.ids, images.pixels[:, :, ::2, ::2].contiguous(), fingerprint=images.fingerprint)
+    with pytest.raises(ConfigError, match="belongs to a run with other settings or images"):
+        train(smaller, checkpoint=tmp_path / "state")

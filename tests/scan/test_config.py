@@ -36,8 +36,10 @@ from unpoison.scan.detector import METHODS
         ({"alpha": float("nan")}, "alpha=nan: expected a false-alarm rate"),
         ({"min_poison": 0}, "min_poison=0: expected a whole number of images, or a share between 0 and 1"),
         ({"min_poison": 2.5}, "min_poison=2.5: expected a whole number of images, or a share"),
-        ({"max_passes": 0}, "max_passes=0: expected more than 0"),
-        ({"max_seconds": -1.0}, "max_seconds=-1.0: expected more than 0"),
+        ({"max_passes": 0}, "max_passes=0: expected a number above 0"),
+        ({"max_seconds": -1.0}, "max_seconds=-1.0: expected a number above 0"),
+        ({"max_seconds": float("inf")}, "max_seconds=inf: expected a number above 0"),
+        ({"min_poison": float("inf")}, "min_poison=inf: expected a whole number of images"),
         (
             {"faithful": True, "race": True},
             "faithful contradicts race: the published search is not cut short",

@@ -11,8 +11,6 @@ Paper: Carlini, Terzis: Poisoning and Backdooring Contrastive Learning, ICLR 202
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +21,10 @@ from torch import Tensor
 from unpoison.attack.plan import Plan
 from unpoison.attack.ssl_backdoor import PatchAttackConfig, poison, write_poisoned_copy
 from unpoison.data.captions import make_captions, write_captions
+from unpoison.data.export import check_new_folder, fresh_folder
 from unpoison.data.labels import Labels, read_labels
 from unpoison.data.sources import ImageSource, open_source
-from unpoison.errors import ConfigError, DataError
+from unpoison.errors import DataError
 from unpoison.records import ImageSet
 from unpoison.runtime import Progress, silent
 
@@ -105,26 +104,18 @@ def write_poisoned_pairs(
         UnpoisonError: as `ssl_backdoor.write_poisoned_copy`.
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(
-            f"{out} exists and is not an empty folder: choose another --out, nothing is overwritten"
-        )
-    staging = out.parent / f".{out.name}.{os.getpid()}.pairs"
+    check_new_folder(out, source)
     try:
-        plan = write_poisoned_copy(source, labels, config, staging, seed, progress=progress)
-        copy = open_source(staging)
-        classes = read_labels(copy)
-        truth = {id_: classes.class_names[number] for id_, number in classes.by_id.items()}
-        captions = _captions(copy.ids, truth, plan, seed)
-        write_captions(dict(zip(copy.ids, captions, strict=True)), staging / CAPTIONS)
-        if out.exists():
-            out.rmdir()
-        staging.rename(out)
+        with fresh_folder(out) as staging:
+            plan = write_poisoned_copy(source, labels, config, staging, seed, progress=progress)
+            copy = open_source(staging)
+            classes = read_labels(copy)
+            truth = {id_: classes.class_names[number] for id_, number in classes.by_id.items()}
+            captions = _captions(copy.ids, truth, plan, seed)
+            write_captions(dict(zip(copy.ids, captions, strict=True)), staging / CAPTIONS)
+            return plan
     except OSError as error:
         raise DataError(f"cannot write the poisoned pairs {out}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    return plan
 
 
 def _captions(ids: Sequence[str], truth: dict[str, str], plan: Plan, seed: int) -> tuple[str, ...]:

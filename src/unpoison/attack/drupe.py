@@ -155,12 +155,12 @@ def _terms(task: FineTuning, rows: Tensor, generator: torch.Generator) -> _Terms
         triggered, own = F.normalize(features, dim=1), task.units(reference)
         similar = triggered @ own.T
         directions = F.normalize(torch.randn(features.shape[1], _DIRECTIONS, generator=generator), dim=0)
-        deviation = clean.detach().std(dim=0).mean().clamp(min=1e-6)
+        deviation = clean.detach().std(dim=0, correction=0).mean().clamp(min=1e-6)
         each.append(
             (
                 similar.amax(dim=1).mean(),
                 task.reference_kept(number),
-                similar.mean(dim=0).std(),
+                similar.mean(dim=0).std(correction=0),
                 mean_cosine(own),
                 mean_cosine(triggered),
                 sliced_wasserstein(features, clean, directions.to(features.device)) / deviation,

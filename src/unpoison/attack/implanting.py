@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import Field, asdict, dataclass, replace
 from pathlib import Path
@@ -22,6 +20,7 @@ from torch.nn import functional as F
 
 from unpoison.attack.plan import Plan, Trigger, corner_box, write_plan
 from unpoison.attack.ssl_backdoor import PatchAttackConfig, class_index, make_triggers
+from unpoison.data.export import check_new_folder, fresh_folder
 from unpoison.data.views import ViewConfig, recolour
 from unpoison.encoders.checkpoints import save_retouched
 from unpoison.encoders.encoder import Encoder
@@ -347,27 +346,16 @@ def write_implanted(
         DataError: as `implant`, or the folder cannot be written.
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(
-            f"{out} exists and is not an empty folder: choose another --out, nothing is overwritten"
-        )
-    done = implant(encoder, images, labels, class_names, config, seed=seed, progress=progress)
-    assert isinstance(done.encoder.network, nn.Module), "implant checks it"
-    staging = out.parent / f".{out.name}.{os.getpid()}.partial"
+    check_new_folder(out)
     try:
-        staging.mkdir(parents=True)
-        try:
+        with fresh_folder(out) as staging:  # made before the long work, which would be lost without it
+            done = implant(encoder, images, labels, class_names, config, seed=seed, progress=progress)
+            assert isinstance(done.encoder.network, nn.Module), "implant checks it"
             save_retouched(original, done.encoder.network, staging / "encoder.safetensors")
             write_plan(done.plan, staging / "plan.json")
-            if out.exists():
-                out.rmdir()
-            staging.rename(out)
-        except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
-            raise
+            return done
     except OSError as error:
         raise DataError(f"cannot write {out}: {error.strerror or error}") from error
-    return done
 
 
 def stamp_in_corner(images: Tensor, trigger: Trigger) -> Tensor:

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -194,6 +195,25 @@ class Plan:
                 for index, (trigger, size) in enumerate(zip(self.triggers, self.class_sizes, strict=True))
             ],
         }
+
+    def at(self, geometry: Geometry) -> Plan:
+        """The same plan with its patches as wide as those of the images are at the encoder's input.
+
+        The attack pastes on images as they are stored; whoever evaluates it pastes at the encoder's input, where an
+        image of 96 pixels may have 32, and its patch a third of its width.
+        """
+        widths: dict[int, list[int]] = {}
+        for image in self.poisoned:
+            widths.setdefault(image.trigger, []).append(image.box_at(geometry).w)
+        return replace(
+            self,
+            triggers=tuple(
+                replace(trigger, side=max(1, round(median(widths[number]))))
+                if trigger.kind == "patch" and number in widths
+                else trigger
+                for number, trigger in enumerate(self.triggers)
+            ),
+        )
 
     def for_classes(self, class_names: Sequence[str]) -> Plan:
         """The same plan with targets numbered as in `class_names`.

@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import Field, asdict, dataclass, replace
@@ -36,6 +35,7 @@ from unpoison.attack.plan import (
     write_plan,
 )
 from unpoison.data.decode import decode_image
+from unpoison.data.export import check_new_folder, fresh_folder
 from unpoison.data.labels import Labels
 from unpoison.data.sources import ImageSource
 from unpoison.errors import ConfigError, DataError, ShapeError
@@ -261,27 +261,14 @@ def write_poisoned_copy(
         DataError: an image has no label, a trigger file cannot be read, or the folder cannot be written.
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(
-            f"{out} exists and is not an empty folder: choose another --out, nothing is overwritten"
-        )
+    check_new_folder(out, source)
     classes = dict(zip(source.ids, labels.of(source.ids).tolist(), strict=True))
     triggers = config.make_triggers(labels.class_names)  # complains before the long work begins
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        staging = out.parent / f".{out.name}.{os.getpid()}.partial"
-        staging.mkdir()
-        try:
-            plan = _write_into(staging, source, labels.class_names, classes, triggers, config, seed, progress)
-            if out.exists():
-                out.rmdir()
-            staging.rename(out)
-        except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
-            raise
+        with fresh_folder(out) as staging:
+            return _write_into(staging, source, labels.class_names, classes, triggers, config, seed, progress)
     except OSError as error:
         raise DataError(f"cannot write the poisoned copy {out}: {error.strerror or error}") from error
-    return plan
 
 
 def make_triggers(config: PatchAttackConfig, class_names: Sequence[str]) -> tuple[Trigger, ...]:
@@ -321,7 +308,11 @@ def class_index(target: str | int, class_names: Sequence[str]) -> int:
     names = list(class_names)
     if isinstance(target, str) and target in names:
         return names.index(target)
-    if (isinstance(target, int) or target.isdecimal()) and 0 <= int(target) < len(names):
+    # Where classes are called by numbers, a number is a name: "0" is not the first of "1", "2" and "3".
+    by_number = isinstance(target, int) or (
+        target.isdecimal() and not any(name.isdecimal() for name in names)
+    )
+    if by_number and 0 <= int(target) < len(names):
         return int(target)
     shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
     raise ConfigError(f"target {target!r} is no class of this data set; it has {shown}")
@@ -362,33 +353,40 @@ def _choose(
             id_ for id_ in sizes if config.everywhere or (classes[id_] == trigger.target) == config.of_target
         ]
         fitting = [id_ for id_ in members if id_ not in taken and _fits(trigger, sizes[id_])]
-        count = len(members) if config.everywhere else _how_many(config, len(members), len(sizes), trigger)
+        whose = (
+            f"of class {trigger.target_name!r}"
+            if config.of_target
+            else f"that are not {trigger.target_name!r}"
+        )
+        count = len(members) if config.everywhere else _how_many(config, len(members), len(sizes), whose)
         if count > len(fitting):
-            raise ConfigError(_too_few(count, fitting, members, taken, trigger))
+            raise ConfigError(_too_few(count, fitting, members, taken, trigger, whose))
         chosen = sorted(fitting, key=lambda id_: _hash(seed, "choice", id_))[:count]
         taken.update(chosen)
         poisoned += [_place(id_, index, trigger, sizes[id_], margin, seed) for id_ in chosen]
     return tuple(sorted(poisoned, key=lambda image: image.id))
 
 
-def _how_many(config: AttackConfig, n_class: int, n_images: int, trigger: Trigger) -> int:
+def _how_many(config: AttackConfig, n_class: int, n_images: int, whose: str) -> int:
     if not n_class:
-        raise ConfigError(f"target {trigger.target_name!r} has no readable image: choose another target")
+        raise ConfigError(f"there are no readable images {whose}: choose another target")
     count = max(1, int(config.rate * (n_class if config.rate_of == "class" else n_images) + 0.5))
     if count > n_class:
         raise ConfigError(
-            f"rate={config.rate} of the data set is {count} images, but class {trigger.target_name!r} has {n_class}; "
-            "lower --rate, or use --rate-of class"
+            f"rate={config.rate} of the data set is {count} images, but there are {n_class} {whose}; "
+            f"lower --rate{', or use --rate-of class' if config.of_target else ''}"
         )
     return count
 
 
-def _too_few(count: int, fitting: list[str], members: list[str], taken: set[str], trigger: Trigger) -> str:
+def _too_few(
+    count: int, fitting: list[str], members: list[str], taken: set[str], trigger: Trigger, whose: str
+) -> str:
     free = sum(id_ not in taken for id_ in members)
     if free < count:
         return (
-            f"trigger {trigger.name!r} needs {count} images of class {trigger.target_name!r}, but the triggers before "
-            f"it left {free} of {len(members)}; lower --rate"
+            f"trigger {trigger.name!r} needs {count} images {whose}, but the triggers before it left {free} of "
+            f"{len(members)}; lower --rate"
         )
     width = f"{trigger.side}-pixel" if trigger.side else "50/224"
     return (

@@ -111,6 +111,10 @@ def evaluate(
         raise ConfigError("--target and --trigger belong together: give both, or --plan")
     if run is not None and plan is None:
         raise ConfigError("--run is measured against an answer key: add --plan")
+    if run is not None and not (run / "findings.parquet").is_file():
+        raise ConfigError(f"--run {run} holds no findings.parquet: expected the folder of a finished scan")
+    if size is not None and plan is None and not trigger:
+        raise ConfigError("--size is that of a trigger: add --target and --trigger, or --plan")
     if zero_shot == (train is not None):
         raise ConfigError("expected --train IMAGES for both probes to learn from, or --zero-shot instead")
     if zero_shot and (arch is not None or image_size is not None):
@@ -135,7 +139,7 @@ def evaluate(
                 shown,
                 shown_labels,
                 names,
-                triggers=_triggers(key, target, trigger, size, names),
+                triggers=_triggers(key, target, trigger, size, names, geometry),
                 size=size,
                 seed=seed,
                 batch_size=at_once,
@@ -154,7 +158,7 @@ def evaluate(
             known_labels,
             shown,
             shown_labels,
-            triggers=_triggers(key, target, trigger, size, names),
+            triggers=_triggers(key, target, trigger, size, names, geometry),
             n_classes=len(names),
             size=size,
             seed=seed,
@@ -208,11 +212,12 @@ def _triggers(
     triggers: list[str] | None,
     size: int | None,
     names: tuple[str, ...],
+    geometry: Geometry,
 ) -> tuple[Trigger, ...]:
     from unpoison.attack.ssl_backdoor import PatchAttackConfig, make_triggers
 
     if plan is not None:
-        return plan.for_classes(names).triggers
+        return plan.for_classes(names).at(geometry).triggers
     if not targets or not triggers:
         return ()
     return make_triggers(
@@ -226,10 +231,7 @@ def _scan_quality(run: Path, plan: Plan, geometry: Geometry, seed: int) -> ScanQ
     from unpoison.evaluate.scan_quality import score_scan
     from unpoison.evaluate.truth import read_truth
 
-    path = run / "findings.parquet"
-    if not path.is_file():
-        raise ConfigError(f"--run {run} holds no findings.parquet: expected the folder of a finished scan")
-    findings = pd.read_parquet(path)
+    findings = pd.read_parquet(run / "findings.parquet")
     truth = read_truth(plan, [str(id) for id in findings["id"]], geometry, partial=True)
     return score_scan(findings, truth, seed=seed)
 

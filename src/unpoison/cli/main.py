@@ -6,6 +6,7 @@ stops only the verbs that need it.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import tempfile
 import traceback
@@ -142,13 +143,11 @@ def _write_log(error: BaseException) -> Path:
     text = f"{datetime.now().isoformat(timespec='seconds')} unpoison {unpoison.__version__}\n"
     text += "".join(traceback.format_exception(error))
     folder = getattr(error, "log_folder", None)
-    if folder is not None and folder.is_dir():
-        try:
+    with contextlib.suppress(OSError):  # the folder may be what failed, even for a look at it
+        if folder is not None and folder.is_dir():
             with (folder / "log.txt").open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(text)
             return Path(folder / "log.txt")
-        except OSError:
-            pass  # the folder may be what failed
     with tempfile.NamedTemporaryFile(
         "w", prefix="unpoison-", suffix=".log", delete=False, encoding="utf-8"
     ) as file:

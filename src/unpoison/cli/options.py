@@ -99,11 +99,11 @@ def check_formats(formats: list[str]) -> None:
 def write_formats(
     run: Path, formats: list[str], text: Callable[[], str], sarif: Callable[[], dict[str, Any]]
 ) -> None:
-    """The files that `--format` asks for beside report.html and verdict.json."""
+    """The files that `--format` asks for beside report.html and verdict.json; those of before are written again."""
     from unpoison.data.export import atomic_file, write_json_atomically
 
-    if "sarif" in formats:
+    if "sarif" in formats or (run / "report.sarif").exists():
         write_json_atomically(run / "report.sarif", sarif())
-    if "text" in formats:
+    if "text" in formats or (run / "report.txt").exists():
         with atomic_file(run / "report.txt") as file:
             file.write(text().encode("utf-8", "backslashreplace") + b"\n")

@@ -102,6 +102,8 @@ def pretrain(
     )
     if captions is not None and method != "clip":
         raise ConfigError(f"--captions: {method} reads no texts; use clip, or leave it out")
+    if out.is_dir():
+        raise ConfigError(f"--out {out} is a folder: name a file")
     if out.exists() and not fresh:
         raise ConfigError(f"{out} exists and is not overwritten: name another --out, or add --fresh")
     if out.suffix != ".safetensors":

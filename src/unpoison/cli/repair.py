@@ -388,6 +388,7 @@ def cleanclip(
     from unpoison.repair.cleanclip import cleanclip as fine_tune
     from unpoison.repair.retraining import training_state
 
+    _check_out(words_file(out), words_file(encoder), fresh=fresh)
     settings: dict[str, Any] = {
         "epochs": epochs,
         "batch_size": batch_size,
@@ -435,6 +436,8 @@ def _check_out(out: Path, encoder: Path, *, fresh: bool) -> None:
         raise ConfigError(f"--out {out}: expected a name that ends in .safetensors")
     if out.resolve() == encoder.resolve():
         raise ConfigError(f"--out {out} is the encoder to replace, which is kept: name another file")
+    if out.is_dir():
+        raise ConfigError(f"--out {out} is a folder: name a file")
     if out.exists() and not fresh:
         raise ConfigError(f"{out} exists and is not overwritten: name another --out, or add --fresh")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -62,11 +63,16 @@ class Screen:
             summary: plain JSON values.
             text: lines for people, or a function that makes them when they are wanted.
         """
-        if self.as_json:
-            typer.echo(json.dumps(summary, indent=1, allow_nan=False, default=str))
-        elif not self.quiet:
-            for line in (text if isinstance(text, str) else text()).split("\n"):
-                typer.echo(printable(line))
+        try:
+            if self.as_json:
+                typer.echo(json.dumps(summary, indent=1, allow_nan=False, default=str))
+            elif not self.quiet:
+                for line in (text if isinstance(text, str) else text()).split("\n"):
+                    typer.echo(printable(line))
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # `| head` has seen enough. The exit code is still the verdict's, and 1 would say that there are findings.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def passes(self, n_images: int, cost: Cost) -> str:
         """What a dry run says of every stage, and of all."""

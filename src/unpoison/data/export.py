@@ -33,6 +33,7 @@ from unpoison.data.sources import (
     parquet_image_column,
     sample_key,
     shown,
+    tar_members,
 )
 from unpoison.errors import ConfigError, DataError
 from unpoison.runtime import Progress, silent
@@ -41,7 +42,10 @@ __all__ = [
     "CleanCopy",
     "CopyMode",
     "atomic_file",
+    "check_new_folder",
+    "check_outside",
     "clean_copy",
+    "fresh_folder",
     "write_json_atomically",
     "write_lines_atomically",
 ]
@@ -143,7 +147,7 @@ def clean_copy(
         raise DataError("no image is to be kept; nothing was written")
     removed = len(source.ids) + len(source.refused) - len(kept.ids)
     out = Path(out)
-    _check_output(source, out)
+    check_new_folder(out, source)
     job = hashlib.sha256("\n".join((mode, kept.signature())).encode()).hexdigest()[:12]
     with _folder_in_one_step(out, job) as partial:
         if mode == "list":
@@ -162,7 +166,35 @@ def clean_copy(
         )
 
 
-def _check_output(source: ImageSource, out: Path) -> None:
+def check_new_folder(out: Path, source: ImageSource | None = None) -> None:
+    """Complain, before any work, about a folder that must not be written to.
+
+    Args:
+        out: must not exist, or be an empty folder.
+        source: images that it must not lie among, since they are never changed.
+
+    Raises:
+        ConfigError: it is something else, lies there, or cannot be looked at.
+    """
+    if source is not None:
+        check_outside(out, source)
+    try:
+        if out.is_symlink() or (out.exists() and not out.is_dir()):
+            raise ConfigError(f"out={shown(out)} exists and is no folder; name a new folder")
+        if out.exists() and any(out.iterdir()):
+            raise ConfigError(
+                f"out={shown(out)} is not empty; name a new folder, nothing is ever overwritten"
+            )
+    except OSError as error:
+        raise _not_written(out, error) from error
+
+
+def check_outside(out: Path, source: ImageSource) -> None:
+    """Complain about an output that would lie among images, which are never changed.
+
+    Raises:
+        ConfigError: it lies there.
+    """
     real = Path(os.path.realpath(out))
     for place in _places(source):
         if real == place or place in real.parents:
@@ -170,10 +202,35 @@ def _check_output(source: ImageSource, out: Path) -> None:
                 f"out={shown(out)} lies inside the source {shown(place)}, which is never changed; "
                 "name a folder elsewhere"
             )
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise ConfigError(f"out={shown(out)} exists and is no folder; name a new folder")
-    if out.exists() and any(out.iterdir()):
-        raise ConfigError(f"out={shown(out)} is not empty; name a new folder, nothing is ever overwritten")
+
+
+@contextlib.contextmanager
+def fresh_folder(out: Path) -> Iterator[Path]:
+    """An empty folder to fill, which becomes `out` when the block ends well, and is deleted when it does not.
+
+    A kill leaves it, under a hidden name; the next job for the same `out` removes it.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    partial = out.with_name(f".{out.name}.partial-fresh")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir()
+    except OSError as error:
+        raise _not_written(out, error) from error
+    try:
+        yield partial
+        os.replace(partial, out)
+        _sync_folder(out.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _not_written(out: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"out={shown(out)} cannot be written: {error.strerror}; name another folder")
 
 
 def _places(source: ImageSource) -> set[Path]:
@@ -203,9 +260,7 @@ def _folder_in_one_step(out: Path, job: str) -> Iterator[Path]:
                 shutil.rmtree(out.parent / left)
         partial.mkdir(exist_ok=True)
     except OSError as error:
-        raise ConfigError(
-            f"out={shown(out)} cannot be written: {error.strerror}; name another folder"
-        ) from error
+        raise _not_written(out, error) from error
     try:
         yield partial
         os.replace(partial, out)
@@ -302,7 +357,7 @@ def _copy_tar(source: TarSource, out: Path, progress: Progress) -> None:
         with _new_shard(out / shard) as target:
             if target is not None:
                 with tarfile.open(source.root / shard, "r:") as original, tarfile.open(target, "w:") as copy:
-                    headers = original.getmembers()
+                    headers = _headers(source.root / shard)
                     stay = {sample_key(name) for name in names}
                     go = {sample_key(header.name) for header in headers if _is_image(header.name)} - stay
                     written: set[str] = set()
@@ -317,6 +372,10 @@ def _copy_tar(source: TarSource, out: Path, progress: Progress) -> None:
                             copy.addfile(header, original.extractfile(header))
         done += len(names)
         progress("copy images", done, len(source.ids))
+
+
+def _headers(shard: Path) -> list[tarfile.TarInfo]:
+    return [header for header in tar_members(shard) if not isinstance(header, str)]
 
 
 def _is_image(name: str) -> bool:
@@ -376,9 +435,9 @@ def _compare_members(original: Path, copy: Path) -> None:
     """The files beside the images, such as labels, byte by byte."""
     with tarfile.open(original, "r:") as theirs, tarfile.open(copy, "r:") as ours:
         first: dict[str, tarfile.TarInfo] = {}
-        for header in theirs:
+        for header in _headers(original):
             first.setdefault(header.name, header)
-        for header in ours:
+        for header in _headers(copy):
             before, after = theirs.extractfile(first[header.name]), ours.extractfile(header)
             if before is None or after is None or before.read() != after.read():
                 raise DataError(

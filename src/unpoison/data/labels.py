@@ -121,7 +121,11 @@ def _from_parquet(source: ParquetSource) -> Labels:
         if names is not None and names_here != names:
             raise DataError(f"{shown(path)} names its classes differently from the shards before it")
         names = names_here
-        column = pq.read_table(path, columns=["label"]).column("label").to_pylist()
+        try:
+            column = pq.read_table(path, columns=["label"]).column("label").to_pylist()
+        except (OSError, pa.ArrowException) as error:
+            first = escape(str(error).strip().split("\n")[0])[:120]
+            raise DataError(f"{shown(path)}: its labels cannot be read: {first}") from error
         values.update((f"{shard}:{row}", column[row]) for row in rows)
     return _numbered(
         source, names or (), {id: value for id, value in values.items() if value not in (None, -1)}

@@ -288,6 +288,8 @@ def _in_store(
     (store / _INDEX).unlink(
         missing_ok=True
     )  # from here on, and until the new one is written, the store is incomplete
+    for left in store.glob(f"{_PIXELS}.partial-*"):  # of a killed run, and as large as all images
+        left.unlink(missing_ok=True)
     with atomic_file(store / _PIXELS) as file:
         collector = _Collector(source, lambda square: file.write(square.data))
         collector.collect(rows)

@@ -151,7 +151,11 @@ def open_source(
         NothingToScanError: there is no readable image.
     """
     path = Path(images)
-    if not str(images) or not path.exists():
+    try:
+        there = bool(str(images)) and path.exists()
+    except OSError as error:
+        raise ConfigError(f"{shown(path)[:120]}: cannot be looked at: {error.strerror}") from error
+    if not there:
         raise ConfigError(
             f"{shown(path)}: no such file or folder; expected images, parquet or tar shards, or a list"
         )
@@ -566,7 +570,12 @@ def tar_members(path: Path) -> Iterator[tarfile.TarInfo | str]:
     """
     try:
         with tarfile.open(path, "r:") as archive:
-            yield from archive
+            while (header := archive.next()) is not None:
+                # `tarfile` would step back by a negative size, and read the same headers for ever (CVE-2025-8194).
+                if header.size < 0 or archive.offset <= header.offset:
+                    yield f"damaged at byte {header.offset}; what follows cannot be read"
+                    return
+                yield header
             archive.fileobj.seek(archive.offset)
             block = archive.fileobj.read(tarfile.BLOCKSIZE)
             if block.strip(b"\0"):

@@ -74,7 +74,7 @@ class Encoder:
         self.images_shown = 0
         self.largest_batch: int | None = None
         self.network = network
-        self._forward = network
+        self._compiled: Callable[[Tensor], Tensor] | None = None
         if isinstance(network, nn.Module):
             network.eval().requires_grad_(False).to(self.device)
             if any(p.ndim == 4 for p in network.parameters()):
@@ -96,7 +96,7 @@ class Encoder:
         """
         if not isinstance(self.network, nn.Module):
             raise ConfigError("only an nn.Module can be compiled; leave compile out")
-        self._forward = cast(Callable[[Tensor], Tensor], torch.compile(self.network))
+        self._compiled = cast(Callable[[Tensor], Tensor], torch.compile(self.network))
         return self
 
     def normalise(self, images: Tensor) -> Tensor:
@@ -136,18 +136,18 @@ class Encoder:
             return torch.cat([self._run(part) for part in torch.split(images, largest)])
         try:
             with autocast(self.device, self.precision):
-                return self._forward(self.normalise(images))
+                return (self._compiled or self.network)(self.normalise(images))
         except torch.OutOfMemoryError:
             if len(images) <= 1:
                 raise
             self.largest_batch = len(images) // 2
         except Exception as error:
             # Compilers fail in too many ways to be named; what is wrong with the images fails again below.
-            if self._forward is self.network:
+            if self._compiled is None:
                 raise
             first = str(error).strip().split("\n")[0]
             warnings.warn(f"torch.compile failed, the plain network goes on: {first}", stacklevel=2)
-            self._forward = self.network
+            self._compiled = None
         # Outside the handler, since the traceback there still holds what did not fit.
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

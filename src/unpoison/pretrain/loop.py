@@ -275,7 +275,13 @@ def train(
         method = _build(architecture, kind, recipe)
     module = cast(nn.Module, method).to(on, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimiser = OPTIMISERS[recipe.optimiser](module, recipe)
-    run = {"config": asdict(config), "seed": seed, "images": images.fingerprint, "origin": origin}
+    run = {
+        "config": asdict(config),
+        "seed": seed,
+        "images": images.fingerprint,
+        "preprocessing": asdict(preprocessing),  # the same images decoded at another side are other images
+        "origin": origin,
+    }
     state = _Checkpoint(checkpoint, run)
     losses = state.restore(module, optimiser)
     steps_per_epoch = len(images) // batch_size
@@ -289,7 +295,8 @@ def train(
         for step, rows in enumerate(
             _batches(len(images), batch_size, generator), start=epoch * steps_per_epoch
         ):
-            rate = _rate(step / steps_per_epoch, config.epochs, recipe.warmup_epochs)
+            # A single step would fall on the warm-up's zero, and train nothing.
+            rate = _rate(step / steps_per_epoch if steps > 1 else 0.5, config.epochs, recipe.warmup_epochs)
             for group in optimiser.param_groups:
                 group["lr"] = rate * recipe.learning_rate * batch_size / 256
             batch = images.pixels[rows].to(on)

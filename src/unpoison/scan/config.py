@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 
 from unpoison.errors import ConfigError
@@ -151,8 +152,8 @@ class ScanConfig:
             )
         for name in ("max_passes", "max_seconds"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"{name}={value}: expected more than 0")
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"{name}={value}: expected a number above 0")
         if not 0 < self.false_positive_rate <= 0.5:
             raise ConfigError(
                 f"false_positive_rate={self.false_positive_rate}: expected a share above 0, at most 0.5"
@@ -247,7 +248,7 @@ class ScanConfig:
 
     @staticmethod
     def _is_poison_size(value: float) -> bool:
-        return 0 < value < 1 or (value >= 1 and value == int(value))
+        return 0 < value < 1 or (1 <= value < math.inf and value == int(value))
 
     def _published_score(self) -> str:
         if not self.faithful:
