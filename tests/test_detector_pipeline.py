@@ -269,3 +269,11 @@ def test_the_shares_of_alpha_add_up() -> None:
     assert pipeline._of_the_search(config, none).method == "poisoncam"
     assert not pipeline._screens(config, 16) and pipeline._screens(config, 32)
     assert not pipeline._screens(ScanConfig(faithful=True), 32)
+
+
+def test_a_second_encoder_given_by_name_takes_images_of_the_first_ones_side() -> None:
+    cross = ScanConfig(method="cross-encoder", false_positive_rate=0.1)
+    result = pipeline.scan(
+        clean(60), planted_encoder(), config=cross, auxiliary=clean(80, 1), other="timm:resnet10t@random"
+    )
+    assert result.summary["n_scored"] == 60

@@ -132,7 +132,7 @@ def scan(
     given = (
         None if encoder is None else as_encoder(encoder, preprocessing, device=device, precision=precision)
     )
-    second = None if other is None else as_encoder(other, preprocessing, device=device, precision=precision)
+    second = None if other is None else _second(other, given, preprocessing, device, precision)
     made = given_detector(detector, config, given, second)
     reference = None if auxiliary is None else _opened(auxiliary, root, follow_links, None)
     recipe = pretrain_config or PretrainConfig()
@@ -352,6 +352,19 @@ def _check_parts(
         raise ConfigError("cross-encoder takes a second encoder: give one with other")
     if method != "cross-encoder" and other is not None:
         raise ConfigError(f"{method} takes no second encoder: leave it out")
+
+
+def _second(
+    other: Encoder | nn.Module | str | Path,
+    first: Encoder | None,
+    preprocessing: Preprocessing | None,
+    device: str,
+    precision: str,
+) -> Encoder:
+    """The encoder that the first one is compared with; a name takes images of the first one's side."""
+    by_name = isinstance(other, str) and ":" in other and not Path(other).is_file()
+    side = first.preprocessing.geometry.size if first is not None and by_name else None
+    return as_encoder(other, preprocessing, image_size=side, device=device, precision=precision)
 
 
 def _fitted(config: ScanConfig, n_images: int, image_size: int) -> ScanConfig:

@@ -126,9 +126,7 @@ def fit_cross_encoder(
         raise ConfigError(f"{len(images)} reference images: expected more than neighbors={config.neighbors}")
     sizes = [each.preprocessing.geometry.size for each in (encoder, other)]
     if sizes[0] != sizes[1]:
-        raise ConfigError(
-            f"the encoders take images of {sizes[0]} and {sizes[1]} pixels: expected the same; give an image size"
-        )
+        raise ConfigError(f"the encoders take images of {sizes[0]} and {sizes[1]} pixels: expected the same")
     chosen = images[: config.references]
     seen, by_other = (F.normalize(raw_features(each, chosen), dim=1) for each in (encoder, other))
     return CrossEncoder(config, encoder, other, seen, by_other)
