@@ -136,7 +136,17 @@ def test_a_compiled_network_is_shown_the_images_and_the_plain_one_stays(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())
-    monkeypatch.setattr(torch, "compile", lambda module: lambda images: module(images) + 1)
+
+    class Compiled:
+        """As a compiled ResNet, whose truth value cannot be asked for."""
+
+        def __call__(self, images: Tensor) -> Tensor:
+            return network(images) + 1  # type: ignore[no-any-return]
+
+        def __len__(self) -> int:
+            raise TypeError("ResNet does not support len()")
+
+    monkeypatch.setattr(torch, "compile", lambda module: Compiled())
     plain, compiled = encoder(network), encoder(network).compile()
     assert torch.equal(compiled.features(pixels()), plain.features(pixels()) + 1)
     assert compiled.network is network and compiled.images_shown == 5

@@ -136,7 +136,8 @@ class Encoder:
             return torch.cat([self._run(part) for part in torch.split(images, largest)])
         try:
             with autocast(self.device, self.precision):
-                return (self._compiled or self.network)(self.normalise(images))
+                network = self.network if self._compiled is None else self._compiled
+                return network(self.normalise(images))
         except torch.OutOfMemoryError:
             if len(images) <= 1:
                 raise
