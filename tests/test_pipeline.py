@@ -472,3 +472,14 @@ def test_memory_that_runs_out_changes_no_finding(
     assert encoder.largest_batch is not None and encoder.largest_batch <= 100
     assert encoder.images_shown == reference.images_shown
     assert result.flagged == reference.result.flagged and ranking(result) == ranking(reference.result)
+
+
+def test_nothing_of_a_finished_run_is_removed_for_settings_that_no_scan_can_have(tmp_path: Path) -> None:
+    images = planted_images(60, 0, torch.Generator().manual_seed(0))[0]
+    pipeline.scan(images, config=ScanConfig(method="spectral-dct"), out=tmp_path / "run")
+    before = sorted(path.name for path in (tmp_path / "run").iterdir())
+    with pytest.raises(ConfigError, match="window=99"):
+        pipeline.scan(
+            images, planted_encoder(), config=ScanConfig(window=99), out=tmp_path / "run", fresh=True
+        )
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before

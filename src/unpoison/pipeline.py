@@ -155,9 +155,9 @@ def scan(
         settings["detector"] = made.fingerprint() if made else None
         settings["auxiliary"] = None if reference is None else _signature(reference)
         settings["other"] = _identity(second) if second else None
-    if not config.by_detector and fresh:
-        # Of an earlier run nothing is removed for settings that no scan can have.
-        _fitted(config, min(n for n in (count_of(source), limit, sample) if n is not None), geometry.size)
+    named = min(n for n in (count_of(source), limit, sample) if n is not None)
+    if not config.by_detector and fresh and named >= FEWEST_IMAGES:
+        _fitted(config, named, geometry.size)  # nothing of an earlier run is removed for what no scan can do
     if out is not None and isinstance(source, ImageSource):
         check_outside(Path(out), source)
     run: Stages = MemoryRun()

@@ -52,6 +52,9 @@ __all__ = [
 
 CopyMode = Literal["copy", "link", "list"]
 
+_FRESH = "fresh"
+"""Stands for the job where a killed one's files are of no use."""
+
 _NO_LINKS = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES}
 
 
@@ -213,18 +216,11 @@ def fresh_folder(out: Path) -> Iterator[Path]:
     Raises:
         ConfigError: it cannot be made.
     """
-    partial = out.with_name(f".{out.name}.partial-fresh")
+    partial = out.with_name(f".{out.name}.partial-{_FRESH}")
+    shutil.rmtree(partial, ignore_errors=True)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir()
-    except OSError as error:
-        raise _not_written(out, error) from error
-    try:
-        yield partial
-        os.replace(partial, out)
-        _sync_folder(out.parent)
+        with _folder_in_one_step(out, _FRESH):
+            yield partial
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
