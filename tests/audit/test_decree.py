@@ -221,6 +221,7 @@ def test_an_encoder_that_cannot_tell_images_apart_is_refused():
         ({"patience": 0}, "patience=0: expected at least 1"),
         ({"batch_size": 1}, "batch_size=1: expected at least 2"),
         ({"learning_rate": 0.0}, r"learning_rate=0.0: expected a number in \(0, 10\]"),
+        ({"faithful": True, "steps": 10}, "steps=10: the published schedule has its own; leave it out"),
     ],
 )
 def test_a_setting_out_of_range_is_named(setting, message):

@@ -113,7 +113,16 @@ def test_every_option_reaches_the_scan(run, scanning, image_folder, tmp_path):
         (["--alpha", "2"], "alpha=2.0: expected a false-alarm rate"),
         (["--method", "magic"], "method='magic': expected auto or poisoncam or patchsearch"),
         (["--batch-size", "few"], "--batch-size few: expected auto"),
-        (["--compile"], "--compile speeds up the encoder that --encoder names; name one"),
+        (["--compile"], "--compile is about the encoder that --encoder names; name one"),
+        (["--arch", "resnet18"], "--arch resnet18 is about the encoder that --encoder names"),
+        (
+            ["--encoder", "a.pth", "--epochs", 7],
+            "--epochs 7 is of the encoder that a scan trains: --encoder a.pth",
+        ),
+        (
+            ["--method", "spectral-dct", "--epochs", 7],
+            "a scan trains: spectral-dct trains none; leave it out",
+        ),
         (["--only", "missing.txt"], "--only missing.txt cannot be read"),
     ],
 )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from unpoison.data.views import ViewConfig
+from unpoison.encoders.checkpoints import save_encoder
 from unpoison.errors import ConfigError, NothingToScanError, NoVerdictError
 from unpoison.pretrain import loop
 from unpoison.pretrain.loop import METHODS, PretrainConfig, TrainedEncoder, pretrain
@@ -72,7 +73,11 @@ def test_a_killed_run_that_goes_on_equals_one_that_was_never_stopped(
     resumed = train(images, config, checkpoint=state, progress=lambda _s, done, _t: seen.append(done))
     assert same(whole, resumed)
     assert seen[0] == 48 + 16 and seen[-1] == 3 * 48  # epoch 1 was not trained again
-    assert list(tmp_path.rglob("*.*")) == []  # neither the state nor a partial file stays behind
+    seen.clear()
+    again = train(images, config, checkpoint=state, progress=lambda _s, done, _t: seen.append(done))
+    assert same(whole, again) and not seen  # killed before the encoder was written: nothing is trained again
+    save_encoder(again, tmp_path / "encoder.safetensors")
+    assert [path.name for path in tmp_path.rglob("*.*")] == ["encoder.safetensors"]
 
 
 def test_the_same_seed_gives_the_same_encoder_and_another_one_another(images: ImageSet) -> None:

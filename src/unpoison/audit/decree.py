@@ -13,7 +13,7 @@ Paper: Feng, Tao, Cheng, Shen, Xu, Liu, Zhang, Ma, Zhang: Detecting Backdoors in
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -85,8 +85,8 @@ class DecreeConfig:
         patience: steps without a mask smaller by a hundredth, after which a start ends.
         batch_size: images per step, at least 2.
         learning_rate: of Adam.
-        faithful: the published threshold and schedule for the input size, from one random mask; the settings above then
-            mean nothing.
+        faithful: the published threshold and schedule for the input size, from one random mask; excludes all other
+            settings.
     """
 
     gain: float = 0.9
@@ -117,6 +117,12 @@ class DecreeConfig:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected at least {low}")
         if not 0 < self.learning_rate <= 10:
             raise ConfigError(f"learning_rate={self.learning_rate}: expected a number in (0, 10]")
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if self.faithful and each.name != "faithful" and value != each.default:
+                raise ConfigError(
+                    f"{each.name}={value}: the published schedule has its own; leave it out, or leave out faithful"
+                )
 
 
 @dataclass(frozen=True, eq=False)

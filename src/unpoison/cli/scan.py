@@ -260,8 +260,6 @@ def scan(
     """
     screen = Screen(as_json=as_json, quiet=quiet)
     check_formats(formats)
-    if compile_ and encoder is None:
-        raise ConfigError("--compile speeds up the encoder that --encoder names; name one, or leave it out")
     config = ScanConfig(
         method=method,
         clusters=clusters,
@@ -281,6 +279,12 @@ def scan(
         race=race,
         false_positive_rate=false_positive_rate,
     )
+    if encoder is None and (compile_ or arch is not None):
+        option = "--compile" if compile_ else f"--arch {arch}"
+        raise ConfigError(f"{option} is about the encoder that --encoder names; name one, or leave it out")
+    if epochs is not None and (encoder is not None or config.by_detector):
+        why = f"{method} trains none" if encoder is None else f"--encoder {encoder} is trained already"
+        raise ConfigError(f"--epochs {epochs} is of the encoder that a scan trains: {why}; leave it out")
     size = batch_size_of(batch_size)
     ids = read_ids(only)
     # Torch comes in here: usage errors above are answered at once.

@@ -85,6 +85,10 @@ class Trained(Protocol):
     def losses(self) -> tuple[float, ...]:
         """Mean loss of every epoch."""
 
+    @property
+    def training_state(self) -> Path | None:
+        """What a run that is killed before the encoder is written goes on from."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
@@ -112,7 +116,7 @@ def save_encoder(
     retrained: Mapping[str, Any] | None = None,
     distilled: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write an encoder as one .safetensors file that says how to build and feed it.
+    """Write an encoder as one .safetensors file that says how to build and feed it; remove its training state.
 
     The file is complete or absent, never partial, and the same encoder always gives the same bytes.
 
@@ -151,6 +155,8 @@ def save_encoder(
         if origin is not None:
             metadata[key] = dict(origin)
     save_tensors(path, tensors, metadata, what="encoder")
+    if trained.training_state is not None:
+        trained.training_state.unlink(missing_ok=True)
 
 
 def save_tensors(

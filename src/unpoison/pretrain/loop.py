@@ -177,6 +177,8 @@ class TrainedEncoder:
         architecture: rebuilds the network.
         losses: mean loss of every epoch.
         config, seed, fingerprint: of the run; `config` is resolved, `fingerprint` is that of the images.
+        training_state: the checkpoint, if there was one. It lies there until `save_encoder` has written the encoder,
+            so that a kill in between costs no training.
     """
 
     encoder: Encoder
@@ -185,6 +187,7 @@ class TrainedEncoder:
     config: PretrainConfig
     seed: int
     fingerprint: str
+    training_state: Path | None = None
 
 
 def pretrain(
@@ -206,7 +209,7 @@ def pretrain(
         device: see `runtime.choose_device`.
         precision: see `runtime.choose_precision`.
         checkpoint: a file that holds the state after each epoch; a run that finds its own state there goes on from
-            it, another run's state is refused. Removed when training is complete.
+            it, another run's state is refused. `save_encoder` removes it.
         progress: called after every batch with the number of images seen.
 
     Raises:
@@ -323,8 +326,7 @@ def train(
     encoder = Encoder(
         method.backbone, preprocessing, name=f"{config.method} {recipe.arch}", device=on, precision=precision
     )
-    state.remove()
-    return TrainedEncoder(encoder, architecture, losses, config, seed, images.fingerprint)
+    return TrainedEncoder(encoder, architecture, losses, config, seed, images.fingerprint, checkpoint)
 
 
 _SAMPLE = 256
@@ -420,7 +422,3 @@ class _Checkpoint:
             partial,
         )
         os.replace(partial, self.path)
-
-    def remove(self) -> None:
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
