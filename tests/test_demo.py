@@ -21,7 +21,7 @@ def scan(monkeypatch):
     """A scan that flags the poison (and nothing else), counted."""
     calls = []
 
-    def fake(images, encoder, *, out, seed, device, progress):
+    def fake(images, encoder, *, out, seed, device, command, progress):
         calls.append(out)
         plan = json.loads((images / "plan.json").read_text())
         bad = {image["id"] for image in plan["poisoned"]}

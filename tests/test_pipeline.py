@@ -334,7 +334,8 @@ def test_without_an_encoder_it_trains_one_and_keeps_it(tmp_path: Path) -> None:
     scanned = partial(
         pipeline.scan, images, config=config, pretrain_config=recipe, device="cpu", precision="fp32"
     )
-    result = scanned(out=tmp_path / "run", progress=lambda stage, *_: stages.append(stage))
+    result = scanned(out=tmp_path / "run", command="again", progress=lambda stage, *_: stages.append(stage))
+    assert result.summary["command"] == "again"
     assert (tmp_path / "run" / "encoder.safetensors").is_file()
     assert result.summary["n_images"] == len(result.findings) == 80
     assert stages.index("search") > 0 and not (tmp_path / "run" / "cache" / "pretrain.state").exists()

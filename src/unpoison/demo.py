@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shlex
 import shutil
 import time
 from collections.abc import Callable
@@ -504,7 +505,22 @@ def _scan_into(
     """
     apart = out / "scan.partial"
     if not any((folder / "verdict.json").exists() for folder in (apart, out)):
-        scan(out / "poisoned", encoder, out=apart, seed=seed, device=device, progress=progress)
+        words = [
+            "unpoison",
+            "scan",
+            str(out / "poisoned"),
+            "--encoder",
+            str(out / "encoders/backdoored.safetensors"),
+        ]
+        scan(
+            out / "poisoned",
+            encoder,
+            out=apart,
+            seed=seed,
+            device=device,
+            command=shlex.join([*words, f"--seed={seed}", "--out", "scan-again"]),
+            progress=progress,
+        )
     if apart.exists():
         # verdict.json moves last: as long as it is there, a killed move goes on where it stopped.
         for path in sorted(apart.iterdir(), key=lambda path: (path.name == "verdict.json", path.name)):

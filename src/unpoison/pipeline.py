@@ -82,6 +82,7 @@ def scan(
     sample: int | None = None,
     min_coverage: float = 0.99,
     fresh: bool = False,
+    command: str = "",
     progress: Progress = silent,
 ) -> ScanResult:
     """Which of these images are poisoned?
@@ -114,6 +115,7 @@ def scan(
         sample: scan only so many images, drawn by the seed.
         min_coverage: share of images that must be readable for any verdict but `inconclusive`.
         fresh: forget an earlier run in `out`.
+        command: line that repeats the scan, for the report and the summary.
         progress: told (stage, done, total).
 
     Raises:
@@ -196,7 +198,7 @@ def scan(
             result, fitted = judge_images(judging, min_coverage, started)
             if folder is not None and fitted is not None:
                 fitted.save(folder.path / DETECTOR_FILE)
-            return _saved(_of_a_part(result, source, limit or sample), decoded, folder)
+            return _saved(_of_a_part(result, source, limit or sample), decoded, folder, command)
         resolved = _fitted(config, len(decoded), geometry.size)
     except (ConfigError, NothingToScanError):
         if folder is not None:
@@ -216,7 +218,7 @@ def scan(
         _of_the_search(asked, waves),
     )
     result = _with_screen(search_patches(bench, min_coverage, started), waves, config)
-    return _saved(_of_a_part(result, source, limit or sample), decoded, folder)
+    return _saved(_of_a_part(result, source, limit or sample), decoded, folder, command)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -472,7 +474,9 @@ def _of_a_part(result: ScanResult, source: Opened, wanted: int | None) -> ScanRe
     return replace(result, summary={**result.summary, "scope": {**scope, "not_tested": not_tested}})
 
 
-def _saved(result: ScanResult, images: ImageSet, folder: RunFolder | None) -> ScanResult:
+def _saved(result: ScanResult, images: ImageSet, folder: RunFolder | None, command: str) -> ScanResult:
+    if command:
+        result = replace(result, summary={**result.summary, "command": command})
     if folder is not None:
         write_report(folder.path, result, images=images)
         folder.save(result)

@@ -345,6 +345,7 @@ def scan(
             sample=sample,
             min_coverage=min_coverage,
             fresh=fresh,
+            command=shlex.join(["unpoison", *sys.argv[1:]]),
             progress=progress,
             **more,
         )
@@ -424,5 +425,4 @@ def _text(result: Any, images: Path, out: Path) -> str:
     from unpoison.report.as_text import as_text
     from unpoison.report.document import make_report
 
-    command = shlex.join(["unpoison", *sys.argv[1:]])
-    return as_text(make_report(result, location=str(images), run=str(out), command=command))
+    return as_text(make_report(result, location=str(images), run=str(out)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ def write_report(
     *,
     images: ImageSet | None = None,
     location: str | None = None,
-    command: str = "",
 ) -> Path:
     """Write `triggers/`, `benign/` and `report.html` into a run folder; existing files are replaced.
 
@@ -30,29 +28,18 @@ def write_report(
         result: what the scan said.
         images: the pixels that were scanned; see `make_report`.
         location: of the images; default: `location` or `images` of the summary.
-        command: that repeats the scan; default: `command` of the summary, or put together from what it records.
 
     Returns:
         The path of the page.
     """
     place = location or _text(result.summary, "location", "images") or "IMAGES"
-    command = command or _text(result.summary, "command") or _command(result.summary, place, folder)
+    command = _text(result.summary, "command")
     report = make_report(result, images=images, location=place, run=str(folder), command=command)
     write_trigger_sheets(result.triggers, folder, result.benign_patterns)
     page = folder / "report.html"
     with atomic_file(page) as file:
         file.write(as_html(report).encode("utf-8", "backslashreplace"))
     return page
-
-
-def _command(summary: dict[str, Any], location: str, folder: Path) -> str:
-    encoder = _text(summary, "encoder")
-    words = ["unpoison", "scan", location, *(["--encoder", encoder] if encoder else []), "--out", str(folder)]
-    config = summary.get("config")
-    method = _text(config, "method") if isinstance(config, dict) else ""
-    words += ["--method", method] if method and method != "auto" else []
-    seed = summary.get("seed")
-    return shlex.join(words + ([f"--seed={seed}"] if seed else []))
 
 
 def _text(summary: dict[str, Any], *keys: str) -> str:

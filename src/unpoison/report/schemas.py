@@ -138,8 +138,12 @@ _VERDICT = _object(
         "config": _said("object", "Resolved settings."),
         "seed": _said("integer", "Determines every draw."),
         "versions": _said("object", "Of unpoison and its libraries."),
+        "other_encoder": _said("string", "Name of the second one of cross-encoder; absent otherwise."),
+        "command": _said("string", "Line that repeats the scan; absent where Python called it."),
     },
     optional=(
+        "other_encoder",
+        "command",
         "screens",
         "rule",
         "detector",
