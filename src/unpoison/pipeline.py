@@ -157,8 +157,8 @@ def scan(
         settings["detector"] = made.fingerprint() if made else None
         settings["auxiliary"] = None if reference is None else _signature(reference)
         settings["other"] = _identity(second) if second else None
-    named = min(n for n in (count_of(source), limit, sample) if n is not None)
-    if not config.by_detector and fresh and named >= FEWEST_IMAGES:
+    named = _named(source, limit, sample)
+    if not config.by_detector and fresh:
         _fitted(config, named, geometry.size)  # nothing of an earlier run is removed for what no scan can do
     if out is not None and isinstance(source, ImageSource):
         check_outside(Path(out), source)
@@ -299,9 +299,7 @@ def preview(
         None if encoder is None else as_encoder(encoder, preprocessing, device=device, precision=precision)
     )
     geometry = given.preprocessing.geometry if given else _own_geometry(source, image_size)
-    count = min(n for n in (count_of(source), limit, sample) if n is not None)
-    if count < FEWEST_IMAGES:
-        raise NothingToScanError(f"{count} images: a scan needs at least {FEWEST_IMAGES}")
+    count = _named(source, limit, sample)
     resolved = _fitted(config, count, geometry.size)
     batch = batch_size or (512 if given is None else _usual_batch(given))
     rate = None if given is None else measure_rate(given, min(batch, count))
@@ -462,6 +460,14 @@ def _with_screen(found: ScanResult, waves: Waves | None, config: ScanConfig) -> 
         summary.pop(name, None)
     summary |= {"verdict": "poisoned", "n_flagged": int(findings["flagged"].sum())}
     return replace(found, verdict="poisoned", findings=findings, summary=summary)
+
+
+def _named(source: Opened, *most: int | None) -> int:
+    """How many images the source names, at most so many; some may turn out unreadable."""
+    named = min(n for n in (count_of(source), *most) if n is not None)
+    if named < FEWEST_IMAGES:
+        raise NothingToScanError(f"{named} images: a scan needs at least {FEWEST_IMAGES}")
+    return named
 
 
 def _of_a_part(result: ScanResult, source: Opened, wanted: int | None) -> ScanResult:

@@ -90,7 +90,17 @@ def test_an_empty_folder(scan: Run, tmp_path: Path, out: Path) -> None:
 def test_one_image(scan: Run, tmp_path: Path, pictures: Path, out: Path) -> None:
     (tmp_path / "one").mkdir()
     shutil.copy(pictures / "00.png", tmp_path / "one")
-    says(scan(tmp_path / "one"), 4, "1 readable images (0 unreadable): a scan needs at least 50")
+    says(scan(tmp_path / "one"), 4, "1 images: a scan needs at least 50")
+    assert not out.exists()
+
+
+def test_too_few_that_can_be_read(scan: Run, tmp_path: Path, pictures: Path, out: Path) -> None:
+    shutil.copytree(pictures, tmp_path / "few")
+    for number in range(11):
+        (tmp_path / "few" / f"{number:02}.png").write_bytes(b"")
+    says(
+        scan(tmp_path / "few"), 4, f"{N_GOOD - 11} readable images (11 unreadable): a scan needs at least 50"
+    )
     assert not out.exists()
 
 
