@@ -39,6 +39,7 @@ from unpoison.audit.decree import (
 from unpoison.audit.reference import (
     Conditions,
     Judgement,
+    ReferenceTable,
     add_to_reference,
     family_of,
     judge,
@@ -140,16 +141,7 @@ def audit(
         NoVerdictError: too few images, or the encoder's features are not finite or all alike.
     """
     config = config or DecreeConfig()
-    if not 0 < alpha < 0.5:
-        raise ConfigError(f"alpha={alpha}: expected a false-alarm rate in (0, 0.5)")
-    _check(config, sample=sample, second_opinion=second_opinion)
-    if max_seconds is not None:
-        _check_time(max_seconds, second_opinion=second_opinion, add_to=add_to)
-    tables = read_reference(SHIPPED_REFERENCE)
-    if reference is not None:
-        tables += read_reference(reference)
-    if add_to is not None and Path(add_to).exists():
-        read_reference(add_to)  # complains before the long work begins
+    tables = _checked(config, reference, add_to, alpha, second_opinion, max_seconds, sample)
     if isinstance(images, str | Path):
         images = open_source(images, root=root, follow_links=follow_links)
     suspect = as_encoder(encoder, preprocessing, device=device, precision=precision)
@@ -273,7 +265,11 @@ def preview_audit(
     images: Images | None = None,
     *,
     config: DecreeConfig | None = None,
+    reference: str | Path | None = None,
+    add_to: str | Path | None = None,
+    alpha: float = 0.05,
     second_opinion: bool = False,
+    max_seconds: float | None = None,
     preprocessing: Preprocessing | None = None,
     sample: int = SHADOW_IMAGES,
     device: str = "auto",
@@ -286,7 +282,7 @@ def preview_audit(
     Args and errors are those of `audit`.
     """
     config = config or DecreeConfig()
-    _check(config, sample=sample, second_opinion=second_opinion)
+    _checked(config, reference, add_to, alpha, second_opinion, max_seconds, sample)
     if isinstance(images, str | Path):
         images = open_source(images, root=root, follow_links=follow_links)
     suspect = as_encoder(encoder, preprocessing, device=device, precision=precision)
@@ -460,13 +456,29 @@ def _search(
     )
 
 
-def _check(config: DecreeConfig, *, sample: int, second_opinion: bool) -> None:
+def _checked(
+    config: DecreeConfig,
+    reference: str | Path | None,
+    add_to: str | Path | None,
+    alpha: float,
+    second_opinion: bool,
+    max_seconds: float | None,
+    sample: int,
+) -> tuple[ReferenceTable, ...]:
+    """All reference tables; complains of whatever is wrong before the long work begins."""
+    if not 0 < alpha < 0.5:
+        raise ConfigError(f"alpha={alpha}: expected a false-alarm rate in (0, 0.5)")
     if sample < 1:
         raise ConfigError(f"sample={sample}: expected at least 1 image")
     if second_opinion and config.faithful:
         raise ConfigError(
             "second_opinion contradicts faithful: it starts at windows, which DECREE has not; drop one"
         )
+    if max_seconds is not None:
+        _check_time(max_seconds, second_opinion=second_opinion, add_to=add_to)
+    if add_to is not None and Path(add_to).exists():
+        read_reference(add_to)
+    return read_reference(SHIPPED_REFERENCE) + (() if reference is None else read_reference(reference))
 
 
 def _check_time(max_seconds: float, *, second_opinion: bool, add_to: str | Path | None) -> None:

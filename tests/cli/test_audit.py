@@ -50,6 +50,9 @@ def test_a_dry_run_prints_the_cost_and_writes_nothing(run, encoder, pictures, tm
     assert said["expected_passes"] <= taken["encoder_passes"] <= said["most_passes"]
     few = run("audit", encoder, "--out", out, "--sample", "20", "--dry-run")
     assert few.exit_code == 4 and "20 readable images: an audit needs at least 32" in few.stderr
+    for option, value in (("--alpha", "2"), ("--max-seconds", "-1"), ("--reference", tmp_path / "none.json")):
+        wrong = run("audit", encoder, "--out", out, option, value, "--dry-run")
+        assert wrong.exit_code in (2, 3) and str(value) in wrong.stderr, wrong.output
 
 
 def test_an_audit_without_a_reference_is_4_and_writes_its_files(run, encoder, pictures, tmp_path):
