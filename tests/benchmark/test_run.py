@@ -90,7 +90,13 @@ def test_a_stopped_study_goes_on_and_gives_the_same_bytes(study, tmp_path, monke
         return compute(self, cell, **options)
 
     monkeypatch.setattr(Bench, "compute", count)
+    left = {path.stem for path in (finished / "encoders").glob("*.safetensors")}
+    left -= {path.stem for path in (out / "encoders").glob("*.safetensors")}
+    for name in left:
+        (out / "encoders" / f"{name}.training").write_bytes(b"of a training that another version began")
+    assert left
     run_benchmark(task, out, device="cpu")
+    assert list((out / "encoders").glob("*.training")) == []
     assert computed == list(task.cells)  # each once
     for name in SAME:
         assert (out / name).read_bytes() == (finished / name).read_bytes(), name

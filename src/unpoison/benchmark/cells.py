@@ -38,7 +38,7 @@ from unpoison.evaluate.attack_success import evaluate_encoder
 from unpoison.evaluate.scan_quality import score_scan
 from unpoison.evaluate.truth import Truth, read_truth
 from unpoison.pipeline import scan
-from unpoison.pretrain.loop import PretrainConfig, pretrain
+from unpoison.pretrain.loop import PretrainConfig, TrainedEncoder, pretrain
 from unpoison.records import ImageSet, ScanResult
 from unpoison.repair.distillation import DistillConfig, distill
 from unpoison.runtime import Progress, silent
@@ -269,21 +269,30 @@ class Bench:
             path.parent.mkdir(parents=True, exist_ok=True)
             started = time.perf_counter()
             shown, state = replace(images, fingerprint=content), path.with_suffix(".training")
-            if teacher is None:
-                trained = pretrain(
-                    shown,
-                    recipe,
-                    seed=seed,
-                    device=self.device,
-                    precision=self.precision,
-                    checkpoint=state,
-                    progress=progress,
-                )
-                save_encoder(trained, path)
-            else:
+
+            def train() -> TrainedEncoder:
+                if teacher is None:
+                    return pretrain(
+                        shown,
+                        recipe,
+                        seed=seed,
+                        device=self.device,
+                        precision=self.precision,
+                        checkpoint=state,
+                        progress=progress,
+                    )
                 assert isinstance(recipe, DistillConfig), "a student has settings of its own"
-                trained = distill(teacher, shown, recipe, seed=seed, checkpoint=state, progress=progress)
-                save_encoder(trained, path, distilled={"weights": teacher.fingerprint})
+                return distill(teacher, shown, recipe, seed=seed, checkpoint=state, progress=progress)
+
+            try:
+                trained = train()
+            except ConfigError:
+                if not state.exists():
+                    raise
+                state.unlink()  # The key names the whole training: another version of unpoison left this.
+                trained = train()
+            origin = None if teacher is None else {"weights": teacher.fingerprint}
+            save_encoder(trained, path, distilled=origin)
             write_json_atomically(
                 note,
                 {"seconds": round(time.perf_counter() - started, 1), "losses": list(trained.losses)},
