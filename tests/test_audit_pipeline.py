@@ -170,9 +170,13 @@ def test_a_run_with_a_time_limit_goes_on_as_it_would_have(monkeypatch, tmp_path)
 def test_too_little_time_is_said_and_leaves_no_run(monkeypatch, tmp_path):
     encoder = by_passes(monkeypatch, toy())
     with pytest.raises(
-        NoVerdictError, match=r"max_seconds=1: all of it went by before the first start; raise it"
+        NoVerdictError, match=r"max_seconds=9: looking at all places takes about 15 s, before"
     ):
-        audit(encoder, IMAGES, config=QUICK, max_seconds=1, out=tmp_path / "run")
+        audit(encoder, IMAGES, config=QUICK, max_seconds=9, out=tmp_path / "run")
+    assert encoder.images_shown < 1000 * LOOKED / 4  # found out long before the time was over
+    with pytest.raises(NoVerdictError, match=r"max_seconds=0.1: all of it went by"):
+        faithful = DecreeConfig(faithful=True)
+        audit(by_passes(monkeypatch, toy()), IMAGES, config=faithful, max_seconds=0.1, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -401,11 +401,23 @@ def _search(
         # By the stages' own clocks: a run that was stopped decides the same when it goes on.
         return math.inf if max_seconds is None else max_seconds - sum(run.seconds.values())
 
-    windows = None if config.faithful else _scout(encoder, searched, config, run, seed, progress)
+    looked_from, before = time.perf_counter(), left()
+
+    def looking(stage: str, done: int, total: int) -> None:
+        """Every place is looked at, or none: where there is no time for all, say so at once."""
+        needed = (time.perf_counter() - looked_from) * total / done
+        if done >= total / 10 and needed >= before:
+            raise NoVerdictError(
+                f"max_seconds={max_seconds:g}: looking at all places takes about {needed:.0f} s, before the first "
+                "start; raise it"
+            )
+        progress(stage, done, total)
+
+    windows = None if config.faithful else _scout(encoder, searched, config, run, seed, looking)
     places = [None] if windows is None else windows.best(config.restarts)
     if left() <= 0:
         raise NoVerdictError(
-            f"max_seconds={max_seconds:g}: all of it went by before the first start; raise it, or lower --sample"
+            f"max_seconds={max_seconds:g}: all of it went by before the first start; raise it"
         )
 
     def start(name: str, number: int, gain: float) -> Inversion:
