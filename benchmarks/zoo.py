@@ -17,6 +17,7 @@ About 1.5 minutes of one idle core for a clean row at 32 pixels, 2 to 3 for a ba
 
 import argparse
 import json
+import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -101,6 +102,16 @@ CASES = (
         triggers=tuple(f"seed:{100 + seed}" for seed in range(4)),
         size=8,
         **{**_MAIN, "methods": ("moco-v2",)},
+    ),
+    # A network of common size, for what an audit takes: run it alone.
+    Case(
+        name="clean, ResNet-18, width 64",
+        seeds=1,
+        faithful=0,
+        data=CIFAR,
+        arch="resnet18",
+        width=64,
+        methods=METHODS,
     ),
     *(Case(name=f"clean, {name}", seeds=6, faithful=0, **what) for name, what in _OTHERS.items()),
     *(
@@ -242,6 +253,8 @@ def audited(
         "conditions": asdict(conditions_of(said)),
         "fingerprint": said["encoder_fingerprint"],
         "anomaly_index": (said["second_opinion"] or {}).get("anomaly_index"),
+        # Of the whole process, training included: exact for the first row of a run, an upper bound for the others.
+        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
     if plan is not None and plan.triggers[0].kind == "corner":
         row["iou"] = max(overlaps(result.found.mask > 0.5, plan))
@@ -310,6 +323,7 @@ def table(results: Mapping[str, Any]) -> str:
         "anomaly index",
         "s",
         "passes",
+        "memory, MiB",
     ]
     lines = []
     for case in dict.fromkeys(row["case"] for row in rows):
@@ -339,6 +353,7 @@ def table(results: Mapping[str, Any]) -> str:
                     of("anomaly_index", digits=1),
                     of("seconds"),
                     of("passes"),
+                    of("peak_memory_mib"),
                 ]
             )
     return common.markdown(header, lines)
