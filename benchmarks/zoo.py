@@ -2,9 +2,10 @@
 
 One row is one encoder. Clean ones come from SimCLR, MoCo v2 and BYOL with several networks, on 2 500 images of CIFAR-10
 (ten classes) or 64-pixel pictures of Tiny-ImageNet. Backdoored ones are clean ones of other seeds with BadEncoder or
-DRUPE, or are trained on poisoned images (SSL-Backdoor). Each is audited three times: with real images, with the
-generated images that serve where there are none, and as published (`--faithful`, real images, the first seeds only,
-since it takes minutes). No encoder is both attacked and a clean reference: attacks start from seeds of 100 and up.
+DRUPE, or are trained on poisoned images (SSL-Backdoor). Each is audited with real images and with the generated images
+that serve where there are none; those of the main family also as published (`--faithful`, real images). Audits that an
+earlier row of the same encoder has are taken over, unless `--fresh`. No encoder is both attacked and a clean reference:
+attacks start from seeds of 100 and up.
 
 Whether an encoder is called backdoored is the conformal rank of its mask share among the clean rows of its family, by
 the function that the audit uses; a clean row is left out of its own reference.
@@ -61,7 +62,7 @@ class Case:
         attack: `clean`, `bad-encoder`, `drupe` or `ssl-backdoor`.
         triggers: of the attack; seed s takes number s, and s + 1 where there are two targets.
         targets: of the attack, at once.
-        faithful: seeds below this are audited as published, too.
+        faithful: audit as published, too.
     """
 
     name: str
@@ -74,7 +75,7 @@ class Case:
     triggers: tuple[str, ...] = ("white", "seed:101", "seed:102", "seed:103")
     size: int | None = None
     targets: int = 1
-    faithful: int = 2
+    faithful: bool = True
 
     def victim(self, seed: int) -> PretrainConfig:
         """The methods take turns over the seeds."""
@@ -107,15 +108,15 @@ CASES = (
     Case(
         name="clean, ResNet-18, width 64",
         seeds=1,
-        faithful=0,
+        faithful=False,
         data=CIFAR,
         arch="resnet18",
         width=64,
         methods=METHODS,
     ),
-    *(Case(name=f"clean, {name}", seeds=6, faithful=0, **what) for name, what in _OTHERS.items()),
+    *(Case(name=f"clean, {name}", seeds=6, faithful=False, **what) for name, what in _OTHERS.items()),
     *(
-        Case(name=f"BadEncoder, {name}", seeds=2, attack="bad-encoder", faithful=0, **what)
+        Case(name=f"BadEncoder, {name}", seeds=2, attack="bad-encoder", faithful=False, **what)
         for name, what in _OTHERS.items()
     ),
 )
@@ -143,9 +144,9 @@ def attack_of(case: Case, seed: int) -> ImplantConfig | PatchAttackConfig | None
     return DrupeConfig(**shared, epochs=15, batch_size=128, learning_rate=0.04)
 
 
-def audits_of(case: Case, seed: int) -> dict[str, DecreeConfig]:
+def audits_of(case: Case) -> dict[str, DecreeConfig]:
     """Which audits a row has."""
-    return {name: config for name, config in AUDITS.items() if name != "faithful" or seed < case.faithful}
+    return {name: config for name, config in AUDITS.items() if name != "faithful" or case.faithful}
 
 
 def settings_of(case: Case, seed: int) -> common.Row:
@@ -154,8 +155,24 @@ def settings_of(case: Case, seed: int) -> common.Row:
         "data": asdict(case.data),
         "victim": asdict(case.victim(seed)),
         "attack": None if attack is None else {"method": attack.method, **asdict(attack)},
-        "audits": {name: asdict(config) for name, config in audits_of(case, seed).items()},
+        "audits": {name: asdict(config) for name, config in audits_of(case).items()},
     }
+
+
+def audits_done(case: Case, seed: int, encoder: Encoder) -> Mapping[str, common.Row]:
+    """Audits of this very encoder in earlier rows, by name, as far as they had the settings of today."""
+    found: dict[str, common.Row] = {}
+    wanted = settings_of(case, seed)["audits"]
+    for row in common.known_rows(NAME, common.KEPT / f"{NAME}.jsonl"):
+        for name, said in row["audits"].items():
+            same = row["settings"]["audits"].get(name) == wanted.get(name)
+            if (
+                same
+                and (row["case"], row["seed"]) == (case.name, seed)
+                and said["fingerprint"] == encoder.fingerprint
+            ):
+                found[name] = said
+    return found
 
 
 def run_case(case: Case, seed: int, options: argparse.Namespace) -> common.Row:
@@ -169,8 +186,9 @@ def run_case(case: Case, seed: int, options: argparse.Namespace) -> common.Row:
         row["control"] = probes(before, plan, train, test, seed)
     common.say(f"probes: {row['probes']}")
     row["audits"] = {}
-    for name, config in audits_of(case, seed).items():
-        row["audits"][name] = audited(
+    done = {} if options.fresh else audits_done(case, seed, encoder)
+    for name, config in audits_of(case).items():
+        row["audits"][name] = done.get(name) or audited(
             encoder, None if name == "generated images" else test.images, config, plan, seed
         )
         said = row["audits"][name]

@@ -1,6 +1,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -78,3 +79,14 @@ def test_every_case_has_settings_and_targets_of_its_own():
             attack = zoo.attack_of(case, seed)
             assert (attack is None) == (case.attack == "clean")
             assert attack is None or len(set(attack.targets)) == len(set(attack.triggers)) == case.targets
+
+
+def test_an_audit_of_the_same_encoder_with_the_same_settings_is_not_repeated(monkeypatch):
+    case, encoder = zoo.CASES[0], SimpleNamespace(fingerprint="clean-3")
+    row = {**CLEAN[3], "settings": json.loads(json.dumps(zoo.settings_of(case, 3)))}
+    monkeypatch.setattr(zoo.common, "known_rows", lambda name, path: [row])
+    assert zoo.audits_done(case, 3, encoder) == row["audits"]
+    row["settings"]["audits"]["default"]["steps"] += 1
+    assert list(zoo.audits_done(case, 3, encoder)) == ["generated images"]
+    assert zoo.audits_done(case, 4, encoder) == {}
+    assert zoo.audits_done(case, 3, SimpleNamespace(fingerprint="another")) == {}
