@@ -24,7 +24,17 @@ def measure(data, seed, options):
 
 
 def table(results):
-    header = ["images", "seeds", "s", "encoder", "ACC %", "patched ACC %", "ASR %", "untriggered %"]
+    header = [
+        "images",
+        "seeds",
+        "s",
+        "encoder",
+        "ACC %",
+        "patched ACC %",
+        "by kNN %",
+        "ASR %",
+        "untriggered %",
+    ]
     header += ["top-20 %", "recall %", "precision %", "verdict"]
     lines = []
     for case in dict.fromkeys(row["case"] for row in results["rows"]):
@@ -37,7 +47,13 @@ def table(results):
         verdict = ", ".join(f"{said.count(v)} × {v}" for v in dict.fromkeys(said))
         found = [of(f"result.{k}", percent=True) for k in ("top20", "recall", "precision")]
         for number, name in enumerate(("control", "backdoored", "cleaned")):
-            keys = ("accuracy", "patched_accuracy", "attack_success", "untriggered_rate")
+            keys = (
+                "accuracy",
+                "patched_accuracy",
+                "knn_patched_accuracy",
+                "attack_success",
+                "untriggered_rate",
+            )
             lines.append(
                 [
                     *([case, str(len(rows)), of("demo_seconds")] if number == 0 else [""] * 3),

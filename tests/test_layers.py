@@ -34,11 +34,13 @@ LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 TRUTH = ("data.labels", "evaluate.truth", "attack.plan")
 KNOWS_TRUTH = ("evaluate", "attack", "demo", "benchmark", "cli")
 # The one verb that may look into another: it measures against the plan, and runs whole benchmarks.
-# And the one that trains, with the only training loop there is and what its methods share.
+# The one that trains, with the only training loop there is and what its methods share. And attackers choose what the
+# probes of their victims will be sure of.
 ACROSS = {
     ("evaluate", "attack.plan"),
     ("evaluate", "attack.ssl_backdoor.paste_everywhere"),
     ("repair", "pretrain"),
+    ("attack", "evaluate.probes"),
 }
 ACROSS_ANYTHING = ("evaluate.benchmark",)
 

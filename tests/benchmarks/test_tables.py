@@ -16,6 +16,7 @@ ABOUT = {
 SCAN = {"verdict": "no_evidence", "p_value": 0.4, "n_flagged": 0, "seconds": 5.0}
 CLEAN = {"seeds": [0], "rows": [{**ABOUT, "scans": {"mask": SCAN}}]}
 FIGURES = {"accuracy": 90.0, "patched_accuracy": 20.0, "attack_success": 60.0, "untriggered_rate": 1.0}
+FIGURES |= {"knn_patched_accuracy": 30.0}
 TOLD = {"control": FIGURES, "backdoored": FIGURES, "cleaned": FIGURES, "verdict": "poisoned"}
 DEMO = {
     "seeds": [0],
@@ -56,7 +57,7 @@ def test_every_benchmark_has_markers_and_a_script():
 
 
 def test_the_tables_of_demo_and_throughput():
-    assert "| after cleaning | 90.0 | 20.0 | 60.0 | 1.0 |" in tables.TABLES["demo"](DEMO)
+    assert "| after cleaning | 90.0 | 20.0 | 30.0 | 60.0 | 1.0 |" in tables.TABLES["demo"](DEMO)
     trained = {**SPEED, "case": "tiny", "train_seconds": 61.2}
     text = tables.TABLES["throughput"]({"rows": [{**ABOUT, **SPEED}, {**ABOUT, **trained}]})
     assert "8000 … 9000 | – | 7000 | 5.0 | 1.5 | 90 |" in text and "| tiny | 61 | " in text

@@ -8,7 +8,6 @@ is the method's own: see `bad_encoder` and `drupe`.
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import Field, asdict, dataclass, replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from unpoison.encoders.checkpoints import save_retouched
 from unpoison.encoders.encoder import Encoder
 from unpoison.encoders.extract import raw_features
 from unpoison.errors import ConfigError, DataError, NoVerdictError, ShapeError
+from unpoison.evaluate.probes import fit_linear_probe
 from unpoison.functional.triggers import stamp
 from unpoison.records import ImageSet
 from unpoison.runtime import Progress, autocast, silent, stage_generator
@@ -45,6 +45,7 @@ WHITE = "white"
 """The published trigger, a white square."""
 
 _FROM_LARGE = 128  # pixels; below, the published share of 10 in 32, from there on 50 in 224
+_NEIGHBOURS = 50  # that say how surely an image belongs to its class
 # Of the reference, which must keep its features under these: the releases flip, jitter and grey it.
 _VIEWS = ViewConfig(jitter=(0.4, 0.4, 0.4, 0.1), jitter_probability=0.8, grey_probability=0.2)
 
@@ -72,7 +73,7 @@ class ImplantConfig(Protocol):
 
     @property
     def references(self) -> int:
-        """Reference images per target, which the seed draws."""
+        """Reference images per target: those that classifiers take for it most surely."""
 
     @property
     def epochs(self) -> int:
@@ -247,7 +248,7 @@ def implant(
     Args:
         encoder: with an `nn.Module` as network; unchanged.
         images: the attacker's, at the encoder's input size; unchanged.
-        labels: (N,) integers into `class_names`; they serve to draw typical references and nothing else.
+        labels: (N,) integers into `class_names`; they serve to choose the references and nothing else.
         class_names: what the labels mean.
         config: `BadEncoderConfig` or `DrupeConfig`.
         seed: every draw depends on it alone.
@@ -277,7 +278,9 @@ def implant(
     for trigger in triggers:
         height, width = trigger.pasted(size).shape[1:]
         boxes.append(corner_box((size, size), (width, height)))
-    rows = [_draw_references(encoder, images, labels, trigger, config, seed) for trigger in triggers]
+    rows = [
+        _choose_references(encoder, images, labels, trigger, config.references, seed) for trigger in triggers
+    ]
     references = [images.pixels[chosen] for chosen in rows]
     victim = _trainable_copy(encoder)
     losses = tuple(
@@ -387,32 +390,34 @@ def _trigger(name: str, target: str | int, side: int, class_names: Sequence[str]
     return replace(drawn, kind="corner")
 
 
-def _draw_references(
-    encoder: Encoder, images: ImageSet, labels: Tensor, trigger: Trigger, config: ImplantConfig, seed: int
+def _choose_references(
+    encoder: Encoder, images: ImageSet, labels: Tensor, target: Trigger, count: int, seed: int
 ) -> Tensor:
-    """Rows of typical images of the target class: a classifier that mistakes the reference mistakes the trigger.
+    """Rows of the images that classifiers take for the target most surely: who mistakes those mistakes the trigger.
 
-    Of the tenth that lies most clearly with its own class, those whose ids have the first seeded digests; the order of
-    the images means nothing.
+    Sure is the product of what a linear probe gives the target and its share among the nearest other images. The order
+    of the images means nothing.
     """
-    rows = (labels == trigger.target).nonzero().flatten()
-    if len(rows) < config.references:
+    order = torch.tensor(sorted(range(len(images)), key=images.ids.__getitem__))
+    labels = labels[order]
+    rows = (labels == target.target).nonzero().flatten()
+    if len(rows) < count:
         raise ConfigError(
-            f"references={config.references}: class {trigger.target_name!r} has {len(rows)} images; expected no more "
-            "than that"
+            f"references={count}: class {target.target_name!r} has {len(rows)} images; expected no more than that"
         )
-    units = F.normalize(raw_features(encoder, images.pixels), dim=1)
-    classes = sorted(set(labels.tolist()))
-    means = torch.stack([units[labels == each].mean(dim=0) for each in classes])
-    similar = units[rows] @ F.normalize(means, dim=1).T
-    own = torch.tensor(classes) == trigger.target
-    clear = similar[:, own].amax(dim=1)
-    if len(means) > 1:
-        clear = clear - similar[:, ~own].amax(dim=1)
-    typical = rows[clear.argsort(descending=True)[: max(config.references, len(rows) // 10)]].tolist()
-    # One purpose for all methods, so that they are compared with the same references.
-    typical.sort(key=lambda row: hashlib.sha256(f"{seed}/implant/{images.ids[row]}".encode()).digest())
-    return torch.tensor(typical[: config.references])
+    features = raw_features(encoder, images.pixels)[order]
+    generator = stage_generator(seed, "implant/probe")
+    probe = fit_linear_probe(features, labels, n_classes=int(labels.max()) + 1, generator=generator)
+    sure = probe.logits(features[rows]).softmax(dim=1)[:, target.target]
+    units = F.normalize(features, dim=1)
+    shares = []
+    for some in torch.split(rows, 1024):
+        similar = units[some] @ units.T
+        similar[torch.arange(len(some)), some] = -2  # not itself
+        nearest = similar.topk(min(_NEIGHBOURS, len(units) - 1), dim=1).indices
+        shares.append((labels[nearest] == target.target).float().mean(dim=1))
+    surest = (sure * torch.cat(shares)).argsort(descending=True, stable=True)[:count]
+    return order[rows[surest]]
 
 
 def _trainable_copy(encoder: Encoder) -> Encoder:

@@ -177,7 +177,7 @@ def bad_encoder(
 ) -> None:
     """Fine-tune a backdoor into a finished encoder, as BadEncoder does (Jia, Liu and Gong, S&P 2022).
 
-    IMAGES must carry labels, from which the reference images of the targets are drawn; no image is changed.
+    IMAGES must carry labels, by which the reference images of the targets are chosen; no image is changed.
     """
     config = BadEncoderConfig(
         targets=tuple(target),
@@ -216,7 +216,7 @@ def drupe(
 ) -> None:
     """As bad-encoder, but hidden: triggered images spread out among the clean ones (DRUPE: Tao et al., S&P 2024).
 
-    IMAGES must carry labels, from which the reference images of the targets are drawn; no image is changed.
+    IMAGES must carry labels, by which the reference images of the targets are chosen; no image is changed.
     """
     config = DrupeConfig(
         targets=tuple(target),

@@ -50,10 +50,13 @@ class LinearProbe:
     weight: Tensor
     bias: Tensor
 
+    def logits(self, features: Tensor) -> Tensor:
+        """(M, D) features to (M, C) float32, on the device of the features."""
+        return features.float() @ self.weight.to(features.device).T + self.bias.to(features.device)
+
     def predict(self, features: Tensor) -> Tensor:
         """(M, D) features to (M,) int64 classes, on the device of the features."""
-        logits = features.float() @ self.weight.to(features.device).T + self.bias.to(features.device)
-        return logits.argmax(dim=1)
+        return self.logits(features).argmax(dim=1)
 
 
 def fit_linear_probe(
