@@ -36,7 +36,7 @@ class BadEncoderConfig:
         targets: class names, or class indices, one per trigger.
         triggers: `white`, `seed:N` or the path of an image, one per target.
         size: side of the trigger at the encoder's input, pixels; None = 10 in 32 below 128 px, else 50 in 224.
-        references: reference images per target: those that classifiers take for it most surely.
+        references: reference images per target: typical ones that classifiers take for it surely.
         epochs: passes over the images.
         batch_size: images per step, at least 1.
         learning_rate: of SGD, constant.

@@ -43,7 +43,7 @@ class DrupeConfig:
         targets: class names, or class indices, one per trigger.
         triggers: `white`, `seed:N` or the path of an image, one per target.
         size: side of the trigger at the encoder's input, pixels; None = 10 in 32 below 128 px, else 50 in 224.
-        references: reference images per target, those that classifiers take for it most surely; at least 2.
+        references: reference images per target, typical ones that classifiers take for it surely; at least 2.
         epochs: passes over the images; after a sixth of them, the weights of the terms that hide follow their success.
         batch_size: images per step, at least 2.
         learning_rate: of SGD, constant.

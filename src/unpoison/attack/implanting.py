@@ -73,7 +73,7 @@ class ImplantConfig(Protocol):
 
     @property
     def references(self) -> int:
-        """Reference images per target: those that classifiers take for it most surely."""
+        """Reference images per target: typical ones that classifiers take for it surely."""
 
     @property
     def epochs(self) -> int:
@@ -393,10 +393,11 @@ def _trigger(name: str, target: str | int, side: int, class_names: Sequence[str]
 def _choose_references(
     encoder: Encoder, images: ImageSet, labels: Tensor, target: Trigger, count: int, seed: int
 ) -> Tensor:
-    """Rows of the images that classifiers take for the target most surely: who mistakes those mistakes the trigger.
+    """Rows of images of the target that classifiers are sure of: who mistakes the reference mistakes the trigger.
 
-    Sure is the product of what a linear probe gives the target and its share among the nearest other images. The order
-    of the images means nothing.
+    Sure is the product of what a linear probe gives the target and its share among the nearest other images. Of the
+    surest tenth, those that are most like all images: to lead far out costs other features more. The order of the
+    images means nothing.
     """
     order = torch.tensor(sorted(range(len(images)), key=images.ids.__getitem__))
     labels = labels[order]
@@ -416,8 +417,11 @@ def _choose_references(
         similar[torch.arange(len(some)), some] = -2  # not itself
         nearest = similar.topk(min(_NEIGHBOURS, len(units) - 1), dim=1).indices
         shares.append((labels[nearest] == target.target).float().mean(dim=1))
-    surest = (sure * torch.cat(shares)).argsort(descending=True, stable=True)[:count]
-    return order[rows[surest]]
+    surest = rows[
+        (sure * torch.cat(shares)).argsort(descending=True, stable=True)[: max(count, len(rows) // 10)]
+    ]
+    alike = units[surest] @ F.normalize(units.mean(dim=0), dim=0)
+    return order[surest[alike.argsort(descending=True, stable=True)[:count]]]
 
 
 def _trainable_copy(encoder: Encoder) -> Encoder:
