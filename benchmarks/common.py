@@ -197,7 +197,7 @@ def trained(
         path.parent.mkdir(parents=True, exist_ok=True)
         save_encoder(result, path)
         write_json_atomically(note, {"seconds": seconds})
-        return result.encoder, round(seconds, 1)
+    # Read back even when it was just made: only an encoder from a file has the fingerprint that rows name it by.
     return load_encoder(path, device=options.device), round(json.loads(note.read_text())["seconds"], 1)
 
 
