@@ -401,7 +401,14 @@ def _search(
         # By the stages' own clocks: a run that was stopped decides the same when it goes on.
         return math.inf if max_seconds is None else max_seconds - sum(run.seconds.values())
 
-    looked_from, before = time.perf_counter(), left()
+    def some_left() -> float:
+        if left() <= 0:
+            raise NoVerdictError(
+                f"max_seconds={max_seconds:g}: all of it went by before the first start; raise it"
+            )
+        return left()
+
+    looked_from, before = time.perf_counter(), some_left()
 
     def looking(stage: str, done: int, total: int) -> None:
         """Every place is looked at, or none: where there is no time for all, say so at once."""
@@ -415,10 +422,7 @@ def _search(
 
     windows = None if config.faithful else _scout(encoder, searched, config, run, seed, looking)
     places = [None] if windows is None else windows.best(config.restarts)
-    if left() <= 0:
-        raise NoVerdictError(
-            f"max_seconds={max_seconds:g}: all of it went by before the first start; raise it"
-        )
+    some_left()
 
     def start(name: str, number: int, gain: float) -> Inversion:
         place = places[number]
