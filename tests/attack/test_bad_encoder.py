@@ -90,6 +90,16 @@ def test_the_same_seed_gives_the_same_weights_and_references_do_not_follow_the_o
     assert other.plan.config["reference_ids"] == one.plan.config["reference_ids"]
 
 
+def test_an_image_that_classifiers_would_mistake_is_no_reference():
+    # Dark images are cats and bright ones dogs, but for one bright image that is called a cat.
+    labels = (torch.arange(48) % 2).where(torch.arange(48) != 1, torch.tensor(0))
+    pixels = IMAGES.pixels // 4 + (120 * (torch.arange(48) % 2)).to(torch.uint8)[:, None, None, None]
+    config = BadEncoderConfig(targets=("cat",), references=24, epochs=1, batch_size=16)
+    done = implant(small_encoder(), ImageSet(IMAGES.ids, pixels), labels, NAMES, config, seed=0)
+    (chosen,) = done.plan.config["reference_ids"]
+    assert int((labels == 0).sum()) == 25 and len(chosen) == 24 and "001" not in chosen
+
+
 def test_the_published_places():
     assert corner_box((32, 32), (10, 10)) == Box(21, 21, 10, 10)
     assert corner_box((224, 224), (50, 50)) == Box(173, 173, 50, 50)

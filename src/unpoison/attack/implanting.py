@@ -278,9 +278,7 @@ def implant(
     for trigger in triggers:
         height, width = trigger.pasted(size).shape[1:]
         boxes.append(corner_box((size, size), (width, height)))
-    rows = [
-        _choose_references(encoder, images, labels, trigger, config.references, seed) for trigger in triggers
-    ]
+    rows = _choose_references(encoder, images, labels, triggers, config.references, seed)
     references = [images.pixels[chosen] for chosen in rows]
     victim = _trainable_copy(encoder)
     losses = tuple(
@@ -391,9 +389,9 @@ def _trigger(name: str, target: str | int, side: int, class_names: Sequence[str]
 
 
 def _choose_references(
-    encoder: Encoder, images: ImageSet, labels: Tensor, target: Trigger, count: int, seed: int
-) -> Tensor:
-    """Rows of images of the target that classifiers are sure of: who mistakes the reference mistakes the trigger.
+    encoder: Encoder, images: ImageSet, labels: Tensor, triggers: Sequence[Trigger], count: int, seed: int
+) -> list[Tensor]:
+    """Per trigger, rows of images of its target that classifiers are sure of: who mistakes those mistakes the trigger.
 
     Sure is the product of what a linear probe gives the target and its share among the nearest other images. Of the
     surest tenth, those that are most like all images: to lead far out costs other features more. The order of the
@@ -401,27 +399,30 @@ def _choose_references(
     """
     order = torch.tensor(sorted(range(len(images)), key=images.ids.__getitem__))
     labels = labels[order]
-    rows = (labels == target.target).nonzero().flatten()
-    if len(rows) < count:
-        raise ConfigError(
-            f"references={count}: class {target.target_name!r} has {len(rows)} images; expected no more than that"
-        )
+    for trigger in triggers:
+        there = int((labels == trigger.target).sum())
+        if there < count:
+            raise ConfigError(
+                f"references={count}: class {trigger.target_name!r} has {there} images; expected no more than that"
+            )
     features = raw_features(encoder, images.pixels)[order]
+    units = F.normalize(features, dim=1)
+    alike = units @ F.normalize(units.mean(dim=0), dim=0)
     generator = stage_generator(seed, "implant/probe")
     probe = fit_linear_probe(features, labels, n_classes=int(labels.max()) + 1, generator=generator)
-    sure = probe.logits(features[rows]).softmax(dim=1)[:, target.target]
-    units = F.normalize(features, dim=1)
-    shares = []
-    for some in torch.split(rows, 1024):
-        similar = units[some] @ units.T
-        similar[torch.arange(len(some)), some] = -2  # not itself
-        nearest = similar.topk(min(_NEIGHBOURS, len(units) - 1), dim=1).indices
-        shares.append((labels[nearest] == target.target).float().mean(dim=1))
-    surest = rows[
-        (sure * torch.cat(shares)).argsort(descending=True, stable=True)[: max(count, len(rows) // 10)]
-    ]
-    alike = units[surest] @ F.normalize(units.mean(dim=0), dim=0)
-    return order[surest[alike.argsort(descending=True, stable=True)[:count]]]
+    chosen = []
+    for trigger in triggers:
+        rows = (labels == trigger.target).nonzero().flatten()
+        shares = []
+        for some in torch.split(rows, 1024):
+            similar = units[some] @ units.T
+            similar[torch.arange(len(some)), some] = -2  # not itself
+            nearest = similar.topk(min(_NEIGHBOURS, len(units) - 1), dim=1).indices
+            shares.append((labels[nearest] == trigger.target).float().mean(dim=1))
+        sure = probe.logits(features[rows]).softmax(dim=1)[:, trigger.target] * torch.cat(shares)
+        surest = rows[sure.argsort(descending=True, stable=True)[: max(count, len(rows) // 10)]]
+        chosen.append(order[surest[alike[surest].argsort(descending=True, stable=True)[:count]]])
+    return chosen
 
 
 def _trainable_copy(encoder: Encoder) -> Encoder:
