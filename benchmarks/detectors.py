@@ -1,10 +1,11 @@
-"""Which detector tells triggered images from clean ones, one by one? Four attacks, two kinds of auxiliary images.
+"""Which detector tells triggered images from clean ones, one by one? Five attacks, two kinds of auxiliary images.
 
 Victims are those of cifar5.py: five classes of 1000 images of CIFAR-10, MoCo v2, 16 epochs.
 patch        SSL-Backdoor: all images of the target class carry the patch
 ctrl         CTRL: waves on 5 % of the data set, all of the target class
 blended      a picture of noise mixed in at 20 %, on as many images
 bad-encoder  BadEncoder, implanted in the clean-trained encoder
+drupe        DRUPE, likewise
 
 Auxiliary images fit each method, others of the same kind calibrate it: `in`, CIFAR-10 images that the victim never saw,
 1 % of the first with the trigger; `out`, Tiny-ImageNet at 32 pixels. Judged are 1000 clean and 1000 triggered test
@@ -12,13 +13,22 @@ images. The second encoder of cross-encoder is the clean-trained one of the next
 by the share of auxiliary images that their window moves, with nothing else of the search; 400 of each kind only, since
 it costs more.
 
+"Through" is what a screen in front of the encoder leaves: images that are not flagged and that the linear probe takes
+for the target, of all triggered ones; and clean ones that pass and are classified rightly, of all clean ones.
+
+The cases `… removed` remove what a detector flags from the training images, at a false-positive rate of 5 % on
+auxiliary images that the victim never saw, and train again: the control and the attacked encoder beside it.
+
+The case `speed` asks what scoring costs where nothing else runs: --threads 2 takes two cores.
+
 The cases `ctrl strength` ask whether CTRL attacks at all: attack success by share of poisoned images and by magnitude.
 
     python benchmarks/detectors.py --seeds 0 1 2 --threads 1 [--cases "patch, in" "ctrl strength"]
 
-One row takes about 8 minutes of one CPU core, half of it DeDe's training; a victim that is not kept yet 2 more.
+One row takes about 4 minutes of one CPU core, half of it DeDe's training; a victim that is not kept yet 2 more.
 """
 
+import resource
 import statistics
 import sys
 import time
@@ -31,21 +41,26 @@ import torch
 from unpoison.attack.bad_encoder import BadEncoderConfig
 from unpoison.attack.blended import BlendedConfig
 from unpoison.attack.ctrl import CtrlConfig
+from unpoison.attack.drupe import DrupeConfig
 from unpoison.attack.implanting import implant
 from unpoison.attack.ssl_backdoor import paste_everywhere, poison
-from unpoison.encoders.extract import extract_features
+from unpoison.encoders.extract import extract_features, raw_features
+from unpoison.evaluate.probes import fit_linear_probe
 from unpoison.functional.clustering import assign, kmeans
 from unpoison.records import Clusters, Features, ImageSet
 from unpoison.runtime import silent, stage_generator
 from unpoison.scan.config import ScanConfig
-from unpoison.scan.detector import METHODS, calibrate, fit_detector, make_config
+from unpoison.scan.detector import METHODS, Calibration, calibrate, fit_detector, make_config
 from unpoison.scan.flip_test import FlipTest, nearest_rows
 from unpoison.scan.poisoncam import MaskAttention
 from unpoison.scan.search import Searcher
 from unpoison.scan.spectral_dct import find_waves
 
 RATES = (0.01, 0.05)
-ATTACKS = ("patch", "ctrl", "blended", "bad-encoder")
+ATTACKS = ("patch", "ctrl", "blended", "bad-encoder", "drupe")
+IMPLANTED = ("bad-encoder", "drupe")
+REMOVED = ("patch", "ctrl")
+REMOVAL_RATE = 0.05
 STRENGTHS = {"1 %": (0.01, 100.0), "5 %": (0.05, 100.0), "5 %, magnitude 200": (0.05, 200.0)}
 
 
@@ -65,6 +80,7 @@ class Setting:
     judged: int = 1000
     poisoncam: int = 400
     implant_epochs: int = 12
+    drupe_epochs: int = 15
     dede_epochs: int = 40
     methods: tuple[str, ...] = (*sorted(METHODS), "poisoncam")
 
@@ -80,9 +96,10 @@ def attack_of(name, setting, seed):
         return CtrlConfig(target=target, rate=0.05)
     if name == "blended":
         return BlendedConfig(target=target, trigger=f"seed:{100 + seed}", rate=0.05)
-    return BadEncoderConfig(
-        targets=(target,), epochs=setting.implant_epochs, batch_size=128, learning_rate=0.04
-    )
+    shared = {"targets": (target,), "batch_size": 128, "learning_rate": 0.04}
+    if name == "drupe":
+        return DrupeConfig(**shared, epochs=setting.drupe_epochs)
+    return BadEncoderConfig(**shared, epochs=setting.implant_epochs)
 
 
 _LAST = {}
@@ -102,7 +119,7 @@ def make_victim(name, setting, seed, options):
     attack = attack_of(name, setting, seed)
     control, _ = common.trained(train.images, setting.victim, seed, options)
     row = {}
-    if name == "bad-encoder":
+    if name in IMPLANTED:
         done = implant(control, train.images, train.labels, train.class_names, attack, seed=seed)
         encoder, trigger = done.encoder, done.plan.triggers[0]
     else:
@@ -142,28 +159,84 @@ def run_row(name, kind, setting, seed, options):
         test.images.select(foreign[: setting.calibration // 100]), trigger, seed=seed + 1
     ).pixels
     row = {**row, "methods": {}}
+    probe = fit_linear_probe(
+        raw_features(encoder, train.images.pixels),
+        train.labels,
+        n_classes=setting.data.classes,
+        generator=stage_generator(seed, "evaluate/linear probe"),
+    )
+    right = probe.predict(raw_features(encoder, clean.pixels)) == test.labels[order[: setting.judged]]
+    taken = probe.predict(raw_features(encoder, triggered.pixels)) == trigger.target
+    row["unscreened"] = {"accuracy": share(right), "attack_success": share(taken)}
     for method in setting.methods:
         started = time.perf_counter()
         if method == "poisoncam":
             score = poisoncam(encoder, fitting, setting, seed)
             most = setting.poisoncam
         else:
-            config = make_config(method, seed=seed)
-            if method == "dede":
-                config = replace(config, epochs=setting.dede_epochs)
-            detector = fit_detector(
-                method,
-                fitting,
-                None if method == "spectral-dct" else encoder,
-                other=other if method == "cross-encoder" else None,
-                config=config,
-                calibration=calibration[:99],
-            )
-            score, most = detector.score, None
+            score = fitted_detector(method, fitting, calibration, encoder, other, setting, seed).score
+            most = None
         fitted = time.perf_counter() - started
-        measured = measure(score, calibration[:most], clean.pixels[:most], triggered.pixels[:most], few)
+        measured = measure(
+            score,
+            calibration[:most],
+            clean.pixels[:most],
+            triggered.pixels[:most],
+            few,
+            right=right[:most],
+            taken=taken[:most],
+        )
         row["methods"][method] = {"fit_seconds": round(fitted, 1), **measured}
         common.say(f"{method}: AUROC {measured['auroc']:.3f}, {measured['images_per_second']:.0f} images/s")
+    return row
+
+
+def fitted_detector(method, fitting, calibration, encoder, other, setting, seed):
+    """One of unpoison's own detectors; its threshold is set by the caller."""
+    config = make_config(method, seed=seed)
+    if method == "dede":
+        config = replace(config, epochs=setting.dede_epochs)
+    return fit_detector(
+        method,
+        fitting,
+        None if method == "spectral-dct" else encoder,
+        other=other if method == "cross-encoder" else None,
+        config=config,
+        calibration=calibration[:99],
+    )
+
+
+def run_removal(name, setting, seed, options):
+    """Remove what each detector flags from the training images, train again, measure ACC and ASR."""
+    train, test = (common.load_split(setting.data, split) for split in ("train", "test"))
+    attack = attack_of(name, setting, seed)
+    images, plan = poison(train.images, train.labels, train.class_names, attack, seed)
+    trigger = plan.triggers[0]
+    control, _ = common.trained(train.images, setting.victim, seed, options)
+    encoder, _ = common.trained(images, setting.victim, seed, options)
+    other, _ = common.trained(train.images, setting.victim, seed + 1, options)
+    fitting, calibration = auxiliary("in", setting, train, trigger, seed)
+    poisoned = torch.tensor([id_ in {entry.id for entry in plan.poisoned} for id_ in images.ids])
+    row = {
+        "control": common.probes(control, train, test, trigger, seed),
+        "victim": common.probes(encoder, train, test, trigger, seed),
+        "removed": {},
+    }
+    for method in sorted(METHODS):
+        score = fitted_detector(method, fitting, calibration, encoder, other, setting, seed).score
+        flagged = score(images.pixels) > calibrate(score(calibration), REMOVAL_RATE).threshold
+        kept = images.select((~flagged).nonzero().flatten().tolist())
+        kept = replace(kept, fingerprint=f"{images.fingerprint} without what {method} flags, seed {seed}")
+        again, _ = common.trained(kept, setting.victim, seed, options)
+        row["removed"][method] = {
+            "recall": share(flagged[poisoned]),
+            "wrong": share(flagged[~poisoned]),
+            "probes": common.probes(again, train, test, trigger, seed),
+        }
+        said = row["removed"][method]["probes"]["linear"]
+        common.say(
+            f"{method}: recall {row['removed'][method]['recall']:.2f}, ASR {said['attack_success']:.1f}"
+        )
     return row
 
 
@@ -232,15 +305,11 @@ def poisoncam(encoder, fitting, setting, seed):
     return score
 
 
-def measure(score, calibration, clean, triggered, few):
+def measure(score, calibration, clean, triggered, few, *, right, taken):
+    """What a score is worth; `right` and `taken` say what the probe makes of the clean and the triggered images."""
     started = time.perf_counter()
     usual, innocent, guilty, hot = (score(images) for images in (calibration, clean, triggered, few))
     rate = (len(calibration) + len(clean) + len(triggered) + len(few)) / (time.perf_counter() - started)
-    single = []
-    for row in range(min(20, len(clean))):
-        started = time.perf_counter()
-        score(clean[row : row + 1])
-        single.append(time.perf_counter() - started)
     # One in a hundred calibration images carries the trigger.
     hot = hot[: len(usual) // 100]
     dirty = torch.cat((hot, usual[len(hot) :]))
@@ -250,13 +319,60 @@ def measure(score, calibration, clean, triggered, few):
         at = {"best": share_above(guilty, ideal)}
         for name, scores in (("clean", usual), ("dirty", dirty)):
             threshold = calibrate(scores, wanted).threshold
-            at[name] = {"found": share_above(guilty, threshold), "wrong": share_above(innocent, threshold)}
+            at[name] = {
+                "found": share_above(guilty, threshold),
+                "wrong": share_above(innocent, threshold),
+                "through": {
+                    "accuracy": share(right & (innocent <= threshold)),
+                    "attack_success": share(taken & (guilty <= threshold)),
+                },
+            }
         row[f"at {wanted:.0%}"] = at
-    return {**row, "images_per_second": rate, "latency_ms": 1000 * statistics.median(single)}
+    return {**row, "images_per_second": rate, "latency_ms": latency(score, clean)}
+
+
+def latency(score, images):
+    """Median milliseconds that one image takes by itself."""
+    single = []
+    for row in range(min(20, len(images))):
+        started = time.perf_counter()
+        score(images[row : row + 1])
+        single.append(time.perf_counter() - started)
+    return 1000 * statistics.median(single)
+
+
+def run_speed(setting, seed, options):
+    """Images per second, one image's time, and memory, of every method on the clean-trained encoder."""
+    train = common.load_split(setting.data, "train")
+    encoder, _ = common.trained(train.images, setting.victim, seed, options)
+    other, _ = common.trained(train.images, setting.victim, seed + 1, options)
+    pixels = train.images.pixels
+    fitting, calibration, judged = pixels[: setting.auxiliary], pixels[-200:], pixels[-setting.judged :]
+    brief = replace(setting, dede_epochs=1)  # a decoder's speed does not depend on what it learned
+    row = {"speed": {}}
+    for method in setting.methods:
+        if method == "poisoncam":
+            score, images = poisoncam(encoder, fitting, setting, seed), judged[: setting.poisoncam]
+        else:
+            score = fitted_detector(method, fitting, calibration, encoder, other, brief, seed).score
+            images = judged
+        started = time.perf_counter()
+        score(images)
+        row["speed"][method] = {
+            "images_per_second": len(images) / (time.perf_counter() - started),
+            "latency_ms": latency(score, images),
+            "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        }
+        common.say(f"{method}: {row['speed'][method]['images_per_second']:.0f} images/s")
+    return row
+
+
+def share(chosen):
+    return round(float(chosen.float().mean()), 5)
 
 
 def share_above(scores, threshold):
-    return float((scores > threshold).float().mean())
+    return share(scores > threshold)
 
 
 def auroc(higher, lower):
@@ -291,13 +407,21 @@ def run_strength(setting, seed, options):
 
 
 def table(results):
-    return "\n\n".join(part for part in (detector_table(results), strength_table(results)) if part)
+    parts = (
+        detector_table(results),
+        rate_sentence(results),
+        removal_table(results),
+        strength_table(results),
+        speed_table(results),
+    )
+    return "\n\n".join(part for part in parts if part)
 
 
 def detector_table(results):
     header = ["attack, auxiliary", "seeds", "ASR % (control)", "method", "AUROC", "found % at 1 / 5 % wrong"]
     header += ["threshold for 1 %: found / wrong %", "1 % of the calibration poisoned: found / wrong %"]
-    header += ["images/s", "one image, ms", "published AUROC"]
+    header += ["through a screen at 5 %: ASR / ACC % (without)"]
+    header += ["published AUROC"]
     lines = []
     for case in dict.fromkeys(row["case"] for row in results["rows"] if "methods" in row):
         rows = [row for row in results["rows"] if row["case"] == case]
@@ -311,6 +435,9 @@ def detector_table(results):
             def attack(who, rows=rows):
                 return common.spread(common.pick(row, f"{who}.linear.attack_success") for row in rows)
 
+            def without(what, rows=rows):
+                return common.spread((common.pick(row, f"unscreened.{what}") for row in rows), percent=True)
+
             first = [case, str(len(rows)), f"{attack('victim')} ({attack('control')})"]
             lines.append(
                 [
@@ -323,9 +450,86 @@ def detector_table(results):
                         f"{of(f'at 1%.{kind}.wrong', percent=True, digits=1)}"
                         for kind in ("clean", "dirty")
                     ),
-                    of("images_per_second"),
-                    of("latency_ms", digits=1),
-                    "0.981 (DRUPE, notebook of the release)" if method == "dede" and "bad" in case else "–",
+                    f"{of('at 5%.clean.through.attack_success', percent=True)} / "
+                    f"{of('at 5%.clean.through.accuracy', percent=True)} "
+                    f"({without('attack_success')} / {without('accuracy')})",
+                    "0.981 (notebook of the release)" if method == "dede" and "drupe" in case else "–",
+                ]
+            )
+    return common.markdown(header, lines) if lines else ""
+
+
+def rate_sentence(results):
+    """Does the stated false-positive rate hold? Counted over all rows and methods, by the exact distribution."""
+    said = []
+    for kind, words in (("clean", "clean calibration images"), ("dirty", "1 % of these poisoned")):
+        pairs = [
+            (row["case"], rate_p_value(row["settings"]["setting"], method, measured, wanted, kind))
+            for row in results["rows"]
+            for method, measured in row.get("methods", {}).items()
+            for wanted in RATES
+        ]
+        for where in ("in", "out"):
+            chosen = [p for case, p in pairs if case.endswith(where)]
+            if chosen:
+                beyond = sum(p < 0.05 for p in chosen)
+                said.append(f"`{where}`, {words}: {beyond} of {len(chosen)}")
+    if not said:
+        return ""
+    return (
+        "Thresholds for 1 and 5 % beside how many clean images they flagged, one test each; more than chance explains "
+        f"in 19 of 20 cases (beta-binomial): {'; '.join(said)}."
+    )
+
+
+def rate_p_value(setting, method, measured, wanted, kind):
+    """How surely a kept rate would flag as many of the judged clean images."""
+    most = setting["poisoncam"] if method == "poisoncam" else max(setting["calibration"], setting["judged"])
+    n_usual, n_judged = min(setting["calibration"], most), min(setting["judged"], most)
+    kept = Calibration(threshold=0.0, false_positive_rate=wanted, poison_share=0.0, n_images=n_usual)
+    return kept.p_value(round(measured[f"at {wanted:.0%}"][kind]["wrong"] * n_judged), n_judged)
+
+
+def speed_table(results):
+    rows = [row for row in results["rows"] if "speed" in row]
+    header = ["method", "images/s", "one image, ms", "memory of the process so far, MiB", "threads"]
+    lines = []
+    for method in rows[0]["speed"] if rows else ():
+
+        def of(path, method=method, **how):
+            return common.spread((common.pick(row["speed"][method], path) for row in rows), **how)
+
+        threads = ", ".join(sorted({str(common.pick(row, "machine.threads")) for row in rows}))
+        figures = (of("images_per_second"), of("latency_ms", digits=1), of("peak_memory_mib"))
+        lines.append([method, *figures, threads])
+    return common.markdown(header, lines) if lines else ""
+
+
+def removal_table(results):
+    header = ["removed from training at 5 %", "seeds", "method", "poison found / clean lost %"]
+    header += ["ASR % (attacked; clean-trained)", "ACC % (attacked; clean-trained)"]
+    lines = []
+    for case in dict.fromkeys(row["case"] for row in results["rows"] if "removed" in row):
+        rows = [row for row in results["rows"] if row["case"] == case]
+        for number, method in enumerate(rows[0]["removed"]):
+
+            def of(path, rows=rows, method=method, **how):
+                return common.spread((common.pick(row["removed"][method], path) for row in rows), **how)
+
+            def beside(what, rows=rows):
+                both = (
+                    common.spread(common.pick(row, f"{who}.linear.{what}") for row in rows)
+                    for who in ("victim", "control")
+                )
+                return "; ".join(both)
+
+            lines.append(
+                [
+                    *([case, str(len(rows))] if number == 0 else ["", ""]),
+                    method,
+                    f"{of('recall', percent=True)} / {of('wrong', percent=True, digits=1)}",
+                    f"{of('probes.linear.attack_success')} ({beside('attack_success')})",
+                    f"{of('probes.linear.accuracy')} ({beside('accuracy')})",
                 ]
             )
     return common.markdown(header, lines) if lines else ""
@@ -358,6 +562,18 @@ def jobs_of(setting, options):
                         {"setting": asdict(setting), "attack": asdict(attack_of(attack, setting, seed))},
                         lambda a=attack, k=kind, s=seed: run_row(a, k, setting, s, options),
                     )
+        for attack in REMOVED:
+            if f"{attack}, removed" in options.cases:
+                yield common.Job(
+                    f"{attack}, removed",
+                    seed,
+                    {"setting": asdict(setting), "attack": asdict(attack_of(attack, setting, seed))},
+                    lambda a=attack, s=seed: run_removal(a, setting, s, options),
+                )
+        if "speed" in options.cases:
+            yield common.Job(
+                "speed", seed, {"setting": asdict(setting)}, lambda s=seed: run_speed(setting, s, options)
+            )
         if "ctrl strength" in options.cases:
             yield common.Job(
                 "ctrl strength",
@@ -367,7 +583,12 @@ def jobs_of(setting, options):
             )
 
 
-CASES = [*(f"{attack}, {kind}" for attack in ATTACKS for kind in ("in", "out")), "ctrl strength"]
+CASES = [
+    *(f"{attack}, {kind}" for attack in ATTACKS for kind in ("in", "out")),
+    *(f"{attack}, removed" for attack in REMOVED),
+    "ctrl strength",
+    "speed",
+]
 
 if __name__ == "__main__":
     options = common.parse(__doc__, seeds=range(3), cases=CASES)

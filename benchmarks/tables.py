@@ -9,6 +9,7 @@ import re
 import sys
 
 import aim
+import allocator
 import clean
 import common
 import cost
@@ -38,6 +39,7 @@ TABLES = {
     "masks": masks.table,
     "detectors": detectors.table,
     "spectral_dct": spectral_dct.table,
+    "allocator": allocator.table,
     "throughput": throughput.table,
     "zoo": zoo.table,
 }

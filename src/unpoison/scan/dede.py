@@ -24,10 +24,11 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from unpoison.encoders.backbones import choose_attention_kernels
 from unpoison.encoders.encoder import Encoder
 from unpoison.encoders.extract import raw_features
 from unpoison.errors import CheckpointError, ConfigError, NoVerdictError
-from unpoison.runtime import Progress, seeded, silent, stage_generator
+from unpoison.runtime import Progress, autocast, seeded, silent, stage_generator
 
 __all__ = ["Dede", "DedeConfig", "fit_dede"]
 
@@ -138,6 +139,7 @@ class _Decoder(nn.Module):
         self.decoder_positions = nn.Parameter(torch.empty(count + 1, width).normal_(std=0.02))
         self.decoder = nn.Sequential(*(Block(width, config.heads) for _ in range(config.decoder_depth)))
         self.head = nn.Linear(width, cell_size)
+        choose_attention_kernels((*self.side, *self.decoder))
 
     def forward(self, cells: Tensor, features: Tensor, visible: Tensor) -> Tensor:
         """All cells, drawn.
@@ -324,7 +326,8 @@ def _train(
             visible = torch.rand(len(rows), cells, generator=generator).argsort(dim=1)[:, :n_visible]
             visible = visible.to(encoder.device)
             target = _to_cells(encoder.normalise(images[rows]), config.cells)
-            drawn = decoder(target, features[rows].to(encoder.device), visible)
+            with autocast(encoder.device, encoder.precision):
+                drawn = decoder(target, features[rows].to(encoder.device), visible).float()
             errors = (drawn - target).square().mean(dim=2).scatter(1, visible, 0.0)
             losses = errors.sum(dim=1) / (cells - n_visible)
             kept = losses.sort().values[: len(rows) - int(trimmed * len(rows))]
