@@ -153,11 +153,11 @@ def run_row(name, kind, setting, seed, options):
     fitting, calibration = auxiliary(kind, setting, train, trigger, seed)
     order = torch.randperm(len(test.images), generator=torch.Generator().manual_seed(seed)).tolist()
     clean = test.images.select(order[: setting.judged])
-    foreign = [r for r in order if int(test.labels[r]) != trigger.target][: setting.judged]
+    foreign = [r for r in order if int(test.labels[r]) != trigger.target]
+    # The poison in the calibration is none of the judged images.
+    foreign, beyond = foreign[: setting.judged], foreign[setting.judged :][: setting.calibration // 100]
     triggered = paste_everywhere(test.images.select(foreign), trigger, seed=seed)
-    few = paste_everywhere(
-        test.images.select(foreign[: setting.calibration // 100]), trigger, seed=seed + 1
-    ).pixels
+    few = paste_everywhere(test.images.select(beyond), trigger, seed=seed).pixels
     row = {**row, "methods": {}}
     probe = fit_linear_probe(
         raw_features(encoder, train.images.pixels),

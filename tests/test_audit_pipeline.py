@@ -11,6 +11,7 @@ from report.test_schemas import fits
 from unpoison.audit.decree import DecreeConfig, box_of
 from unpoison.audit.reference import read_reference
 from unpoison.audit_pipeline import audit, load_audit
+from unpoison.encoders.encoder import Encoder
 from unpoison.errors import ConfigError, DataError, NoVerdictError
 from unpoison.records import Box
 from unpoison.report.schemas import SCHEMAS
@@ -226,7 +227,9 @@ def test_an_encoder_without_a_fingerprint_is_no_reference(tmp_path):
     with pytest.raises(
         ConfigError, match="an encoder without a fingerprint cannot be a reference: give a file"
     ):
-        audit(toy(fingerprint=""), IMAGES, add_to=tmp_path / "reference.json")
+        module = toy()
+        function = Encoder(module.network.forward, module.preprocessing, device="cpu", precision="fp32")
+        audit(function, IMAGES, add_to=tmp_path / "reference.json")
 
 
 def test_nan_weights_are_no_answer(tmp_path):

@@ -157,3 +157,19 @@ def test_the_demo_keeps_its_promises(tmp_path):
     assert abs(cleaned.attack_success - control.attack_success) <= 3
     # By kNN: two linear probes of clean encoders may differ by five points on a patch that neither saw.
     assert abs(cleaned.knn_patched_accuracy - control.knn_patched_accuracy) <= 3
+
+
+def test_starting_over_removes_what_a_demo_wrote_and_nothing_else(scan, tmp_path):
+    out = tmp_path / "demo"
+    told = demo.run_demo(None, out, seed=3, device="cpu", data="digits", settings=MINI)
+    (out / "notes.txt").write_text("mine")
+    (out / "poisoned" / "old.png").write_text("of the earlier demo")
+    again = demo.run_demo(None, out, seed=3, device="cpu", data="digits", settings=MINI, fresh=True)
+    assert replace(again, seconds=told.seconds) == told and len(scan) == 2
+    assert (out / "notes.txt").read_text() == "mine" and not (out / "poisoned" / "old.png").exists()
+
+
+def test_a_demo_does_not_write_among_the_images(image_folder):
+    with pytest.raises(ConfigError, match="lies inside the source"):
+        demo.run_demo(image_folder, image_folder / "demo", device="cpu")
+    assert not (image_folder / "demo").exists()

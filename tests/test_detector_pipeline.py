@@ -277,3 +277,29 @@ def test_a_second_encoder_given_by_name_takes_images_of_the_first_ones_side() ->
         clean(60), planted_encoder(), config=cross, auxiliary=clean(80, 1), other="timm:resnet10t@random"
     )
     assert result.summary["n_scored"] == 60
+
+
+def test_the_judged_images_are_no_auxiliary_ones(tmp_path: Path) -> None:
+    images = clean(80)
+    mixed = ImageSet(images.ids, torch.cat((images.pixels[:20], clean(60, 1).pixels)), (), "mixed")
+    for auxiliary, share in ((images, 100), (mixed, 25)):
+        with pytest.raises(ConfigError, match=f"{share}% of the judged images are among the auxiliary ones"):
+            pipeline.scan(images, planted_encoder(), config=IDS, auxiliary=auxiliary, out=tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_detector_keeps_the_rate_that_it_was_calibrated_for(tmp_path: Path) -> None:
+    encoder = planted_encoder()
+    pipeline.scan(clean(60), encoder, config=IDS, auxiliary=clean(80, 1), out=tmp_path / "run")
+    kept = tmp_path / "run" / "detector.safetensors"
+    other = dataclasses.replace(IDS, false_positive_rate=0.2)
+    with pytest.raises(ConfigError, match=r"false_positive_rate=0\.2: the detector was calibrated for 0\.05"):
+        pipeline.scan(clean(60, 2), encoder, config=other, detector=kept)
+
+
+def test_no_judged_image_scores_low_for_having_been_fitted_on() -> None:
+    """All are fitted on: of the innocent images that score highest, neither half is preferred."""
+    images = clean(120)
+    config = ScanConfig(method="cross-encoder", false_positive_rate=0.05)
+    scored = pipeline.scan(images, planted_encoder(), config=config, other=planted_encoder()).findings
+    assert float(scored["poison_score"].abs().max()) < 1e-4  # the same encoder twice: nobody differs

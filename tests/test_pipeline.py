@@ -483,3 +483,52 @@ def test_nothing_of_a_finished_run_is_removed_for_settings_that_no_scan_can_have
     with pytest.raises(NothingToScanError, match="40 images: a scan needs at least 50"):
         pipeline.scan(images, planted_encoder(), limit=40, out=tmp_path / "run", fresh=True)
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
+
+
+def test_another_precision_is_another_run(tmp_path: Path, poisoned: tuple[ImageSet, dict[str, Box]]) -> None:
+    pipeline.scan(poisoned[0], planted_encoder(), config=CONFIG, out=tmp_path / "run")
+    encoder = planted_encoder()
+    encoder.precision = torch.bfloat16
+    with pytest.raises(ConfigError, match="precision was 'float32', now 'bfloat16'"):
+        pipeline.scan(poisoned[0], encoder, config=CONFIG, out=tmp_path / "run")
+
+
+def test_a_budget_that_was_too_small_does_not_stand_in_the_way_of_a_larger_one(
+    tmp_path: Path, poisoned: tuple[ImageSet, dict[str, Box]]
+) -> None:
+    for seconds, out in ((0.001, tmp_path / "run"), (0.002, tmp_path / "run")):
+        config = dataclasses.replace(CONFIG, max_seconds=seconds)
+        with pytest.raises(NoVerdictError, match="too little for the smallest search"):
+            pipeline.scan(poisoned[0], planted_encoder(), config=config, out=out)
+        assert not out.exists()
+
+
+def test_what_only_left_out_is_said(poisoned: tuple[ImageSet, dict[str, Box]]) -> None:
+    images = poisoned[0]
+    result = pipeline._of_a_part(
+        ScanResult("no_evidence", None, (), None, {"scope": {"not_tested": ["x"]}}),  # type: ignore[arg-type]
+        images,
+        60,
+        ["a"],
+    )
+    first, second, _ = result.summary["scope"]["not_tested"]
+    assert "only, a list of ids" in first and second.startswith(f"{len(images) - 60} other images")
+
+
+def test_a_module_is_scanned_as_a_copy() -> None:
+    network = torch.nn.Sequential(torch.nn.AvgPool2d(8), torch.nn.Flatten(), torch.nn.Linear(48, 8))
+    images = planted_images(60, 0, torch.Generator().manual_seed(0))[0]
+    pipeline.scan(
+        images,
+        network,
+        preprocessing=planted_encoder().preprocessing,
+        config=ScanConfig(method="backdoor-ids"),
+        device="cpu",
+    )
+    assert network.training and all(p.requires_grad for p in network.parameters())
+
+
+@pytest.mark.parametrize("name", ["limit", "sample"])
+def test_a_part_has_at_least_one_image(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name}=0: expected at least 1 image"):
+        pipeline.scan(planted_images(60, 0, torch.Generator())[0], planted_encoder(), **{name: 0})

@@ -48,7 +48,7 @@ from unpoison.audit.reference import (
 from unpoison.audit.result import AuditResult
 from unpoison.audit.shadow import GENERATED, generated_images
 from unpoison.audit.ssl_cleanse import OUTLIER, Needed, SslCleanseConfig, cleanse
-from unpoison.data.export import write_json_atomically
+from unpoison.data.export import check_outside, write_json_atomically
 from unpoison.data.load import as_image_set
 from unpoison.data.sources import ImageSource, open_source
 from unpoison.encoders.checkpoints import as_encoder, save_tensors
@@ -144,6 +144,8 @@ def audit(
     tables = _checked(config, reference, add_to, alpha, second_opinion, max_seconds, sample)
     if isinstance(images, str | Path):
         images = open_source(images, root=root, follow_links=follow_links)
+    if out is not None and isinstance(images, ImageSource):
+        check_outside(Path(out), images)
     suspect = as_encoder(encoder, preprocessing, device=device, precision=precision)
     if add_to is not None and not suspect.fingerprint:
         raise ConfigError(
@@ -164,7 +166,8 @@ def audit(
     )
     settings = {
         "audit": "decree",
-        "encoder": {"name": suspect.name, "weights": suspect.fingerprint},
+        "encoder": suspect.identity(),
+        "precision": str(suspect.precision).removeprefix("torch."),
         "geometry": asdict(geometry),
         "images": conditions.shadow,
         "config": asdict(config),
@@ -333,6 +336,8 @@ def load_audit(folder: str | Path) -> AuditResult:
             summary,
         )
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        if (folder / "findings.parquet").exists():
+            raise ConfigError(f"{folder}: holds a scan and no audit; load it with unpoison.load") from error
         raise DataError(
             f"{folder}: a file of the audit is missing or damaged; audit again with --fresh"
         ) from error

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from unpoison.attack.plan import Plan, write_plan
 from unpoison.attack.ssl_backdoor import PatchAttackConfig, poison
-from unpoison.data.export import write_json_atomically
+from unpoison.data.export import check_outside, write_json_atomically
 from unpoison.data.labels import read_labels
 from unpoison.data.load import load_images
 from unpoison.data.sources import open_source
@@ -46,7 +46,7 @@ from unpoison.pipeline import scan
 from unpoison.pretrain.loop import PretrainConfig, pretrain
 from unpoison.records import Geometry, ImageSet, ScanResult
 from unpoison.report.folder import write_report
-from unpoison.runs import load_result
+from unpoison.runs import clear_run, load_result
 from unpoison.runtime import Progress, silent, stage_generator
 
 __all__ = [
@@ -220,6 +220,8 @@ def run_demo(
     if images is None and data not in _EMBEDDED:
         raise ConfigError(f"data={data!r}: expected {' or '.join(_EMBEDDED)}")
     name = data if images is None else str(Path(images).resolve())
+    if images is not None:
+        check_outside(out, open_source(images))
     folder = _Folder(out, {"data": name, "seed": seed, "settings": repr(settings) if settings else "default"})
     finished = folder.open(fresh=fresh)
     if finished is not None:
@@ -659,6 +661,10 @@ def _named(progress: Progress, stage: str) -> Progress:
 # ── the folder ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+_OUR_FOLDERS = ("images", "poisoned", "encoders", "scan.partial")
+"""What a demo writes beside the files of its scan and demo.json."""
+
+
 class _Folder:
     """The demo's folder; demo.json marks it from the first moment and holds the result at the end."""
 
@@ -677,7 +683,9 @@ class _Folder:
                 f"{self.out} is not empty and was not made by this demo: nothing is overwritten; choose another --out"
             )
         if told is not None and fresh:
-            shutil.rmtree(self.out)
+            clear_run(self.out)
+            for name in _OUR_FOLDERS:
+                shutil.rmtree(self.out / name, ignore_errors=True)
             told = None
         if told is None:
             self._write(None)

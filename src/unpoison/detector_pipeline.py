@@ -25,8 +25,8 @@ from unpoison.scan.detector import (
     Detection,
     Detector,
     fit_detector,
+    fit_on_judged,
     judge,
-    least_rate,
     load_detector,
     make_config,
     passes_per_image,
@@ -96,6 +96,11 @@ def given_detector(
         raise ConfigError(
             f"method {config.method!r}, but the detector is one of {detector.scorer.method}: leave one of them out"
         )
+    kept, asked = detector.calibration.false_positive_rate, config.false_positive_rate
+    if asked not in (kept, ScanConfig.false_positive_rate):
+        raise ConfigError(
+            f"false_positive_rate={asked:g}: the detector was calibrated for {kept:g}, which it keeps; leave it out"
+        )
     return detector
 
 
@@ -133,24 +138,24 @@ def judge_images(
     return result, detector if bench.detector is None and independent else None
 
 
-def detector_cost(config: ScanConfig, n_images: int, n_auxiliary: int, image_size: int) -> ScanCost:
+def detector_cost(config: ScanConfig, n_images: int, n_auxiliary: int | None, image_size: int) -> ScanCost:
     """Passes of a scan by a detector that is fitted first.
 
     Args:
         config: of a detector.
         n_images: images to judge.
-        n_auxiliary: images to fit and calibrate on, half each; 0 when a detector is given.
+        n_auxiliary: images to fit and calibrate on, half each; None: the judged ones; 0 when a detector is given.
         image_size: side of the images, pixels.
     """
     fitted, scored = passes_per_image(make_config(config.method, faithful=config.faithful))
-    calibrated = n_auxiliary // 2
-    fit = (n_auxiliary - calibrated) * fitted + calibrated * scored
+    calibrated = 1 if n_auxiliary is None else n_auxiliary // 2
+    fit = (n_images if n_auxiliary is None else n_auxiliary - calibrated) * fitted + calibrated * scored
     side = 3 * image_size**2
     return ScanCost(
         stages=(StageCost("detector", fit, fit), StageCost("scores", n_images * scored, n_images * scored)),
         classifier_trained=0,
         classifier_judged=0,
-        memory=(n_images + n_auxiliary) * side,
+        memory=(n_images + (n_auxiliary or 0)) * side,
         disk=n_images * side,
     )
 
@@ -158,26 +163,36 @@ def detector_cost(config: ScanConfig, n_images: int, n_auxiliary: int, image_siz
 def _fitted(bench: DetectorBench) -> Detector:
     """A detector of our own; the stage keeps it, so that a resumed run does not fit it again."""
     config = make_config(bench.config.method, faithful=bench.config.faithful, seed=bench.seed)
-    images = bench.images.pixels if bench.auxiliary is None else bench.auxiliary
-    rate = bench.config.false_positive_rate
-    if bench.auxiliary is None:
-        rate = least_rate(rate, len(images))
+    method, rate = bench.config.method, bench.config.false_positive_rate
 
     def compute() -> dict[str, Tensor]:
-        made = fit_detector(
-            bench.config.method,
-            images,
-            bench.encoder,
-            other=bench.other,
-            config=config,
-            false_positive_rate=rate,
-            seed=bench.seed,
-            batch_size=bench.batch_size,
-            progress=bench.progress,
-        )
+        if bench.auxiliary is None:
+            made = fit_on_judged(
+                method,
+                bench.images.pixels,
+                bench.encoder,
+                other=bench.other,
+                config=config,
+                seed=bench.seed,
+                progress=bench.progress,
+            )
+        else:
+            made = fit_detector(
+                method,
+                bench.auxiliary,
+                bench.encoder,
+                other=bench.other,
+                config=config,
+                false_positive_rate=rate,
+                seed=bench.seed,
+                batch_size=bench.batch_size,
+                progress=bench.progress,
+            )
         return made.to_tensors()
 
     tensors = bench.run.stage("detector", compute, passes=bench.passes)
+    if bench.auxiliary is None:
+        rate = 0.5
     return restore_detector(config, tensors, bench.encoder, other=bench.other, false_positive_rate=rate)
 
 
@@ -208,7 +223,7 @@ def _summary(
     if verdict == "poisoned" and independent:
         not_tested.append(
             "each flagged image for itself: about "
-            f"{calibration.false_positive_rate:.2%} of innocent images are flagged, too"
+            f"{calibration.bound:.2%} of innocent images are flagged, too"
         )
     made_on = "auxiliary images" if bench.auxiliary is not None else "the judged images"
     summary: dict[str, Any] = {
@@ -226,7 +241,7 @@ def _summary(
         "scope": {"tested": [said.tested], "not_tested": not_tested},
         "detector": {
             "threshold": calibration.threshold if independent else None,
-            "false_positive_rate": calibration.false_positive_rate if independent else None,
+            "false_positive_rate": calibration.bound if independent else None,
             "n_calibration": calibration.n_images if independent else 0,
             "made_on": "other images, before" if bench.detector is not None else made_on,
             "fingerprint": detector.fingerprint(),

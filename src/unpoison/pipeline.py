@@ -30,13 +30,13 @@ from unpoison.detector_pipeline import (
 from unpoison.encoders.checkpoints import as_encoder, load_encoder, save_encoder
 from unpoison.encoders.encoder import Encoder, Preprocessing
 from unpoison.encoders.rate import Rate, measure_rate
-from unpoison.errors import ConfigError, NothingToScanError
+from unpoison.errors import ConfigError, NothingToScanError, NoVerdictError
 from unpoison.patch_pipeline import GLOBAL_TRIGGERS, PatchBench, search_patches
 from unpoison.pretrain.loop import PretrainConfig, pretrain
 from unpoison.records import Geometry, ImageSet, ScanResult
 from unpoison.report.folder import write_report
 from unpoison.runs import MemoryRun, RunFolder, Stages, load_result
-from unpoison.runtime import Progress, silent
+from unpoison.runtime import Progress, choose_device, choose_precision, silent
 from unpoison.scan.config import SCREEN_SHARE, ScanConfig
 from unpoison.scan.cost import ScanCost, expected_cost, fit_budget
 from unpoison.scan.detector import Detector
@@ -129,6 +129,9 @@ def scan(
         raise ConfigError(f"min_coverage={min_coverage}: expected a share between 0 and 1")
     if batch_size is not None and batch_size < 1:
         raise ConfigError(f"batch_size={batch_size}: expected at least 1 image per pass")
+    for name, most in (("limit", limit), ("sample", sample)):
+        if most is not None and most < 1:
+            raise ConfigError(f"{name}={most}: expected at least 1 image")
     _check_parts(config, encoder, detector, auxiliary, other)
     source = _opened(images, root, follow_links, only)
     given = (
@@ -143,12 +146,13 @@ def scan(
     )
     settings: dict[str, Any] = {
         "images": {"signature": _signature(source), "limit": limit, "sample": sample},
-        "encoder": _identity(given)
+        "encoder": given.identity()
         if given
         else None
         if config.by_detector
         else {"pretrain": asdict(recipe)},
         "geometry": asdict(geometry),
+        "precision": _precision(given, config, device, precision),
         "config": asdict(config),
         "seed": seed,
         "min_coverage": min_coverage,
@@ -156,7 +160,7 @@ def scan(
     if config.by_detector:
         settings["detector"] = made.fingerprint() if made else None
         settings["auxiliary"] = None if reference is None else _signature(reference)
-        settings["other"] = _identity(second) if second else None
+        settings["other"] = second.identity() if second else None
     named = _named(source, limit, sample)
     if not config.by_detector and fresh:
         _fitted(config, named, geometry.size)  # nothing of an earlier run is removed for what no scan can do
@@ -192,13 +196,18 @@ def scan(
                 if reference is None
                 else as_image_set(reference, geometry, workers=workers, progress=progress).pixels
             )
+            if like is not None and (known := _share_known(decoded.pixels, like)) > _MOST_KNOWN:
+                raise ConfigError(
+                    f"auxiliary: {known:.0%} of the judged images are among the auxiliary ones, so that the threshold "
+                    "would be their own; give other images, or leave it out for an order without a verdict"
+                )
             judging = DetectorBench(
                 decoded, location, asked, given, second, made, like, run, seed, batch_size or 256, progress
             )
             result, fitted = judge_images(judging, min_coverage, started)
             if folder is not None and fitted is not None:
                 fitted.save(folder.path / DETECTOR_FILE)
-            return _saved(_of_a_part(result, source, limit or sample), decoded, folder, command)
+            return _saved(_of_a_part(result, source, limit or sample, only), decoded, folder, command)
         resolved = _fitted(config, len(decoded), geometry.size)
     except (ConfigError, NothingToScanError):
         if folder is not None:
@@ -217,8 +226,14 @@ def scan(
         progress,
         _of_the_search(asked, waves),
     )
-    result = _with_screen(search_patches(bench, min_coverage, started), waves, config)
-    return _saved(_of_a_part(result, source, limit or sample), decoded, folder, command)
+    try:
+        found = search_patches(bench, min_coverage, started)
+    except NoVerdictError:
+        if folder is not None and given is not None:  # an encoder that was trained here is kept
+            folder.forget()
+        raise
+    result = _of_a_part(_with_screen(found, waves, config), source, limit or sample, only)
+    return _saved(result, decoded, folder, command)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,7 +319,7 @@ def preview(
     batch = batch_size or (512 if given is None else _usual_batch(given))
     rate = None if given is None else measure_rate(given, min(batch, count))
     if config.by_detector:
-        like = count if auxiliary is None else count_of(_opened(auxiliary, root, follow_links, None))
+        like = None if auxiliary is None else count_of(_opened(auxiliary, root, follow_links, None))
         cost = detector_cost(resolved, count, 0 if detector is not None else like, geometry.size)
         power = "a detector judges images one by one; docs/detectors.md says what each misses"
     else:
@@ -388,10 +403,6 @@ def count_of(source: Opened) -> int:
     return len(source.ids if isinstance(source, ImageSource) else source)
 
 
-def _identity(encoder: Encoder) -> dict[str, str]:
-    return {"name": encoder.name, "weights": encoder.fingerprint}
-
-
 def _screens(config: ScanConfig, image_size: int) -> bool:
     """Whether the spectral screen runs: images must hold a block."""
     return config.with_screen and image_size >= SpectralDctConfig().block
@@ -462,6 +473,27 @@ def _with_screen(found: ScanResult, waves: Waves | None, config: ScanConfig) -> 
     return replace(found, verdict="poisoned", findings=findings, summary=summary)
 
 
+def _precision(given: Encoder | None, config: ScanConfig, device: str, precision: str) -> str:
+    """In which the encoder works, as runs record it: halves of two precisions must not make one run."""
+    if given is None and config.by_detector:
+        return ""  # no encoder at all
+    dtype = given.precision if given else choose_precision(precision, choose_device(device))
+    return str(dtype).removeprefix("torch.")
+
+
+_MOST_KNOWN = 0.1  # share of judged images that may lie among the auxiliary ones
+
+
+def _share_known(judged: Tensor, auxiliary: Tensor) -> float:
+    """Share of the judged images that are, pixel for pixel, among the auxiliary ones."""
+
+    def digests(pixels: Tensor) -> list[bytes]:
+        return [hashlib.sha256(one.contiguous().numpy().tobytes()).digest() for one in pixels]
+
+    known = set(digests(auxiliary))
+    return sum(digest in known for digest in digests(judged)) / len(judged)
+
+
 def _named(source: Opened, *most: int | None) -> int:
     """How many images the source names, at most so many; some may turn out unreadable."""
     named = min(n for n in (count_of(source), *most) if n is not None)
@@ -470,14 +502,19 @@ def _named(source: Opened, *most: int | None) -> int:
     return named
 
 
-def _of_a_part(result: ScanResult, source: Opened, wanted: int | None) -> ScanResult:
-    """The result; what `limit` or `sample` left out is named among what was not tested."""
+def _of_a_part(
+    result: ScanResult, source: Opened, wanted: int | None, only: Collection[str] | None
+) -> ScanResult:
+    """The result; what `limit`, `sample` or `only` left out is named among what was not tested."""
     left = 0 if wanted is None else count_of(source) - wanted
-    if left <= 0:
+    parts = [] if only is None else ["images that only, a list of ids to keep to, left out"]
+    if left > 0:
+        parts.append(f"{left} other images, which limit or sample left out")
+    if not parts:
         return result
     scope = result.summary["scope"]
-    not_tested = [f"{left} other images, which limit or sample left out", *scope["not_tested"]]
-    return replace(result, summary={**result.summary, "scope": {**scope, "not_tested": not_tested}})
+    scope = {**scope, "not_tested": [*parts, *scope["not_tested"]]}
+    return replace(result, summary={**result.summary, "scope": scope})
 
 
 def _saved(result: ScanResult, images: ImageSet, folder: RunFolder | None, command: str) -> ScanResult:

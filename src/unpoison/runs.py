@@ -26,7 +26,7 @@ from unpoison.data.export import write_json_atomically, write_lines_atomically
 from unpoison.errors import ConfigError, DataError
 from unpoison.records import BenignPattern, Box, Evidence, ScanResult, TriggerFinding
 
-__all__ = ["MemoryRun", "RunFolder", "Stages", "load_result"]
+__all__ = ["MemoryRun", "RunFolder", "Stages", "clear_run", "load_result"]
 
 _OURS = (
     "run.json",
@@ -86,6 +86,15 @@ class Stages:
 
 class MemoryRun(Stages):
     """A run without a folder."""
+
+
+def clear_run(folder: Path) -> None:
+    """Remove the files that runs write, and nothing else; the log stays."""
+    for name in (*_OURS, *_OTHER_FILES):
+        if name != "log.txt":
+            (folder / name).unlink(missing_ok=True)
+    for name in _OUR_FOLDERS:
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 class RunFolder(Stages):
@@ -163,11 +172,7 @@ class RunFolder(Stages):
             )
 
     def _clear(self) -> None:
-        for name in (*_OURS, *_OTHER_FILES):
-            if name != "log.txt":
-                (self.path / name).unlink(missing_ok=True)
-        for name in _OUR_FOLDERS:
-            shutil.rmtree(self.path / name, ignore_errors=True)
+        clear_run(self.path)
 
     def _find(self, name: str) -> tuple[dict[str, Tensor], float, int] | None:
         path = self.cache / f"{name}.safetensors"
@@ -277,6 +282,10 @@ def load_result(folder: str | Path) -> ScanResult:
                 for number, (said, more) in enumerate(benign)
             )
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        if (folder / "trigger.safetensors").exists():
+            raise ConfigError(
+                f"{folder}: holds an audit and no scan; load it with unpoison.load_audit"
+            ) from error
         raise DataError(
             f"{folder}: a file of the run is missing or damaged; scan again with --fresh"
         ) from error

@@ -174,3 +174,22 @@ def test_wrong_inputs_are_named():
 def test_only_a_file_of_ours_can_be_retouched(tmp_path):
     with pytest.raises(ConfigError, match="expected an encoder file that unpoison wrote"):
         save_retouched(tmp_path / "none.safetensors", small_encoder().network, tmp_path / "x.safetensors")
+
+
+def test_a_short_tail_goes_with_the_last_batch():
+    sizes = []
+
+    class Counting(BadEncoderConfig):
+        def losses(self, task):
+            def loss(epoch, rows):
+                sizes.append(len(rows))
+                return task.kept(task.units(task.pixels[rows]), rows) * -1
+
+            yield from task.epochs(loss)
+
+    for count, expected in ((48, [20, 28]), (52, [20, 20, 12])):
+        sizes.clear()
+        images, labels = some_images(count)
+        config = Counting(targets=("cat",), epochs=1, batch_size=20, size=5)
+        implant(small_encoder(), images, labels, NAMES, config, seed=0)
+        assert sizes == expected

@@ -6,6 +6,7 @@ from scipy.stats import wasserstein_distance
 from torch.nn import functional as F
 
 from attack.test_bad_encoder import IMAGES, LABELS, NAMES, small_encoder
+from unpoison.attack import drupe
 from unpoison.attack.bad_encoder import BadEncoderConfig
 from unpoison.attack.drupe import DrupeConfig, mean_cosine, sliced_wasserstein
 from unpoison.attack.implanting import implant, stamp_in_corner
@@ -83,3 +84,17 @@ def test_a_setting_out_of_range_is_named(settings, message):
 def test_a_last_batch_of_one_image_is_no_failure():
     config = DrupeConfig(targets=("dog",), epochs=2, batch_size=len(IMAGES) - 1, size=5)
     assert len(implant(small_encoder(), IMAGES, LABELS, NAMES, config, seed=4).losses) == 2
+
+
+def test_the_terms_that_hide_keep_their_weights_until_the_attack_hides(monkeypatch):
+    used = []
+    hiding = drupe._Terms.hiding
+
+    def watched(self, spread, distance):
+        used.append((spread, distance))
+        return hiding(self, spread, distance)
+
+    monkeypatch.setattr(drupe._Terms, "hiding", watched)
+    config = DrupeConfig(targets=("dog",), epochs=6, batch_size=len(IMAGES), size=5)
+    implant(small_encoder(), IMAGES, LABELS, NAMES, config, seed=4)
+    assert len(used) == 2 and used[0] == (0.1, 1e-3) != used[1]

@@ -3,6 +3,7 @@ import torch
 from torch.nn import functional as F
 
 from audit_toys import BOX, SIZE, clean_images, toy
+from unpoison.audit import decree
 from unpoison.audit.decree import (
     DecreeConfig,
     Windows,
@@ -227,3 +228,12 @@ def test_an_encoder_that_cannot_tell_images_apart_is_refused():
 def test_a_setting_out_of_range_is_named(setting, message):
     with pytest.raises(ConfigError, match=message):
         DecreeConfig(**setting)
+
+
+def test_a_handful_of_images_defines_no_mask():
+    batches = [
+        len(rows)
+        for rows in decree._batches(132, 64, torch.Generator(), least=decree._least(DecreeConfig(), 132))
+    ]
+    assert batches == [64, 64]
+    assert decree._least(DecreeConfig(), 40) == 20 and decree._least(DecreeConfig(batch_size=2), 40) == 2

@@ -67,7 +67,6 @@ def read(source: sources.ImageSource) -> dict[str, bytes | str | None]:
 
 def test_folder_ids_are_sorted_relative_paths_at_any_depth(tmp_path):
     touch(tmp_path, "b/z.JPG", "b/a.png", "a.webp", "c/d/e/f.TIFF", "notes.txt", "noext")
-    touch(tmp_path, ".hidden.png", ".git/x.png", "b/._z.jpg")
     source = open_source(tmp_path)
     assert isinstance(source, FileSource)
     assert source.ids == ("a.webp", "b/a.png", "b/z.JPG", "c/d/e/f.TIFF")
@@ -76,6 +75,17 @@ def test_folder_ids_are_sorted_relative_paths_at_any_depth(tmp_path):
     assert source.path_of("b/a.png") == tmp_path / "b/a.png"
     assert source.path_of("../x.png") is None
     assert source.containers()[0] == tmp_path / "a.webp"
+
+
+FINDER_NOTE = b"\x00\x05\x16\x07 what macOS writes beside a picture"
+
+
+def test_hidden_images_are_read_as_trainers_read_them(tmp_path):
+    touch(tmp_path, "a.png", ".hidden.png", ".folder/x.png", "b/._z.jpg")
+    (tmp_path / "._a.png").write_bytes(FINDER_NOTE)
+    assert open_source(tmp_path).ids == (".folder/x.png", ".hidden.png", "a.png", "b/._z.jpg")
+    write_tar(tmp_path / "x.tar", [(".a.png", b"one"), ("._a.png", FINDER_NOTE), ("b/._c.png", b"two")])
+    assert open_source(tmp_path / "x.tar").ids == ("x.tar:.a.png", "x.tar:b/._c.png")
 
 
 def test_streaming_is_lazy_and_reads_each_file_once(tmp_path):
@@ -475,7 +485,8 @@ def test_parquet_bytes_are_bounded(tmp_path, monkeypatch):
 
 def test_tar_shards(tmp_path):
     write_tar(
-        tmp_path / "1.tar", [("./b/2.jpg", b"two"), ("a.cls", b"0"), ("a.png", b"one"), ("b/._2.jpg", b"")]
+        tmp_path / "1.tar",
+        [("./b/2.jpg", b"two"), ("a.cls", b"0"), ("a.png", b"one"), ("b/._2.jpg", FINDER_NOTE)],
     )
     write_tar(tmp_path / "2.tar", [("a.PNG", b"three"), ("a.json", b"{}")])
     source = open_source(tmp_path)

@@ -175,3 +175,18 @@ def test_compiled_features_are_those_of_the_plain_network_in_batches_of_any_size
     plain, compiled = encoder(network), encoder(network).compile()
     for n in (5, 5, 3, 1):
         torch.testing.assert_close(compiled.features(pixels(n)), plain.features(pixels(n)))
+
+
+def test_what_is_in_memory_is_known_by_its_weights_and_a_function_by_its_name_alone() -> None:
+    def module(bias: float) -> nn.Module:
+        network = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+        torch.nn.init.constant_(network[1].weight, 1.0)
+        torch.nn.init.constant_(network[1].bias, bias)
+        return network
+
+    one, same, other = encoder(module(0.0)), encoder(module(0.0)), encoder(module(1.0))
+    assert len(one.fingerprint) == 64 and one.identity() == same.identity() != other.identity()
+    unnamed = encoder()
+    assert unnamed.fingerprint == "" and unnamed.identity() != unnamed.identity()
+    named = Encoder(means, unnamed.preprocessing, device="cpu", precision="fp32", fingerprint="mine")
+    assert named.identity() == {"name": "encoder", "weights": "mine"}

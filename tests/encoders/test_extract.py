@@ -38,3 +38,14 @@ def test_features_that_cannot_be_compared_are_refused(bad: float) -> None:
 
 def test_no_images_give_no_features() -> None:
     assert raw_features(planted_encoder(), torch.empty(0, 3, 32, 32, dtype=torch.uint8)).shape == (0, 0)
+
+
+def test_an_encoder_that_says_the_same_of_all_images_is_refused() -> None:
+    images, _ = planted_images(10, 0, torch.Generator().manual_seed(0))
+    encoder = planted_encoder()
+    encoder.network = lambda x: torch.ones(len(x), 4)
+    with pytest.raises(
+        NoVerdictError, match="toy gives the same features for all 10 images: it is no working"
+    ):
+        extract_features(encoder, images)
+    assert extract_features(encoder, images.select([0])).values.shape == (1, 4)  # nothing to compare

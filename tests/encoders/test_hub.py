@@ -126,6 +126,25 @@ def test_published_torchvision_weights_without_a_network_fail_in_one_line(
     assert asked == [{"progress": False, "check_hash": True, "weights_only": True}]
 
 
+def test_offline_means_no_network_for_torchvision_either(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def download(*_: object, **__: object) -> dict[str, torch.Tensor]:
+        print("Downloading")
+        return torchvision.models.resnet18().state_dict()
+
+    monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", download)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(hub.huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    assert load("torchvision:resnet18", image_size=32).name == "torchvision:resnet18"
+    assert "Downloading" in (said := capsys.readouterr()).err and said.out == ""
+    monkeypatch.setattr(hub.huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        CheckpointError, match=r"cannot be fetched \(offline, and .*checkpoints.* does not exist"
+    ):
+        load("torchvision:resnet18")
+
+
 def test_the_hubs_retries_are_skipped_where_its_name_does_not_resolve(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

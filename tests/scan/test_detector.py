@@ -236,11 +236,25 @@ def test_damaged_files_are_refused(fitted: dict[str, Detector], method: str, tmp
         load_detector(path, **encoders(method))
 
 
+def test_a_function_without_a_name_has_no_detector_to_load(tmp_path: Path) -> None:
+    def features(images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(1)[:, :8]
+
+    unnamed = Encoder(features, suspect().preprocessing, device="cpu", precision="fp32")
+    path = tmp_path / "detector.safetensors"
+    images = torch.randint(0, 256, (40, 3, 32, 32), dtype=torch.uint8)
+    fit_detector("backdoor-ids", images, unnamed, false_positive_rate=0.1).save(path)
+    with pytest.raises(ConfigError, match="a function without a fingerprint"):
+        load_detector(path, unnamed)
+
+
 def test_a_detector_goes_with_its_encoder(fitted: dict[str, Detector], tmp_path: Path) -> None:
     path = tmp_path / "detector.safetensors"
     fitted["backdoor-ids"].save(path)
-    stranger = suspect()
-    stranger.fingerprint = "another"
+    known = suspect()
+    stranger = Encoder(
+        known.network, known.preprocessing, device="cpu", precision="fp32", fingerprint="another"
+    )
     with pytest.raises(ConfigError, match="made for another encoder"):
         load_detector(path, stranger)
     larger = Encoder(

@@ -100,6 +100,21 @@ def test_copies_of_one_picture_count_once() -> None:
     assert find_waves(images, 0.05).p_value == 1.0
 
 
+def test_copies_of_one_picture_hide_no_waves_and_are_not_flagged_for_them() -> None:
+    images = noisy(900)
+    images[:60] = with_waves(images[:60])
+    generator = torch.Generator().manual_seed(1)
+    wave = 60 * torch.cos(torch.arange(32) * torch.pi * 11 / 32 + 0.2)
+    copied = (
+        images[60].float() + torch.stack((wave, 0 * wave, -wave))[:, None] * wave.sign()[:, None]
+    ).clamp(0, 255)
+    images[700:] = copied + torch.randint(0, 3, (200, 3, 32, 32), generator=generator)
+    said = find_waves(images, 0.001)
+    assert said.p_value < 1e-4 and {(0, 15, 15), (1, 15, 15)} <= set(said.frequencies)
+    assert len(said.frequencies) <= 4  # the four that CTRL uses
+    assert said.flagged[:60].float().mean() > 0.9 and int(said.flagged[60:].sum()) <= 6
+
+
 def test_few_images_say_nothing_and_small_ones_are_refused() -> None:
     said = find_waves(with_waves(noisy(31)), 0.5)
     assert said.p_value == 1.0 and said.flagged.shape == (31,) and said.frequencies == ()

@@ -44,7 +44,8 @@ class DrupeConfig:
         triggers: `white`, `seed:N` or the path of an image, one per target.
         size: side of the trigger at the encoder's input, pixels; None = 10 in 32 below 128 px, else 50 in 224.
         references: reference images per target, typical ones that classifiers take for it surely; at least 2.
-        epochs: passes over the images; after a sixth of them, the weights of the terms that hide follow their success.
+        epochs: passes over the images; after a sixth of them, and not before the attack hides, the weights of the terms
+            that hide follow their success.
         batch_size: images per step, at least 2.
         learning_rate: of SGD, constant.
         momentum: of SGD.
@@ -88,7 +89,7 @@ class DrupeConfig:
 
         for epoch, value in enumerate(task.epochs(loss)):
             yield value
-            if epoch >= self.epochs // 6:
+            if epoch >= max(_STAGES[1], self.epochs // 6):
                 mean = _mean(measured)
                 spread *= _RISE if mean.works() else 1 / _FALL
                 distance *= _RISE if mean.works() and mean.alike < _SPREAD_ENOUGH else 1 / _FALL

@@ -172,12 +172,14 @@ class FineTuning:
         """
         config, n = self._config, len(self.pixels)
         order = stage_generator(self.seed, f"attack/{config.method}/order")
-        steps = -(-n // config.batch_size)
+        # A tail of less than half a batch goes with the batch before it: statistics of a few images say nothing.
+        steps = max(1, round(n / config.batch_size))
         for epoch in range(config.epochs):
             total = 0.0
             shuffled = torch.randperm(n, generator=order)
             for step in range(steps):
-                rows = shuffled[step * config.batch_size : (step + 1) * config.batch_size]
+                end = n if step + 1 == steps else (step + 1) * config.batch_size
+                rows = shuffled[step * config.batch_size : end]
                 loss = loss_of(epoch, rows)
                 self._optimiser.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]

@@ -329,7 +329,8 @@ def passes_of_start(config: DecreeConfig, count: int, size: int) -> int:
     """The most that one start takes with so many images of a size; patience may end it far earlier."""
     batch_size = _schedule(size).batch_size if config.faithful else config.batch_size
     steps = _schedule(size).most_steps(count) if config.faithful else config.steps
-    epoch = [len(rows) for rows in _batches(count, batch_size, torch.Generator())]
+    least = 2 if config.faithful else _least(config, count)
+    epoch = [len(rows) for rows in _batches(count, batch_size, torch.Generator(), least=least)]
     epochs, more = divmod(steps, len(epoch))
     return FORWARD_AND_BACKWARD * (epochs * sum(epoch) + sum(epoch[:more]))
 
@@ -552,13 +553,18 @@ def _collapse(units: Tensor) -> Tensor:
     return (units.sum(dim=0).square().sum() - n) / (n * (n - 1))
 
 
-def _batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Row numbers of one epoch; a last batch of one image, which has no pairs, is left out."""
+def _batches(count: int, size: int, generator: torch.Generator, *, least: int = 2) -> Iterator[Tensor]:
+    """Row numbers of one epoch; a last batch of fewer images than `least` is left out: a single one has no pairs."""
     order = torch.randperm(count, generator=generator)
     for start in range(0, count, size):
         rows = order[start : start + size]
-        if len(rows) > 1:
+        if len(rows) >= least:
             yield rows
+
+
+def _least(config: DecreeConfig, count: int) -> int:
+    """Fewest images of a batch of the mended schedule: a handful collapses with a mask that fails on others."""
+    return max(2, min(config.batch_size, count) // 2)
 
 
 # --- The mended schedule ---------------------------------------------------------------------------------------------
@@ -577,7 +583,8 @@ def _mended(search: _Search, config: DecreeConfig) -> Iterator[int]:
     smallest, since = float("inf"), 0
     step = 0
     while True:
-        for rows in _batches(len(search.images), config.batch_size, search.generator):
+        least = _least(config, len(search.images))
+        for rows in _batches(len(search.images), config.batch_size, search.generator, least=least):
             enough = search.step(optimiser, search.images[rows], weight)
             in_a_row, last = (in_a_row + 1 if enough == last else 1), enough
             if in_a_row >= _WEIGHT_AFTER:

@@ -471,6 +471,8 @@ def _write_copy(
         lines = [
             f"{t['n_poisoned']} images of other classes carry {t['name']}, and a caption of {t['target']}"
             if captions
+            else f"{t['n_poisoned']} images of all classes carry {t['name']}"
+            if getattr(config, "everywhere", False)
             else f"{t['n_poisoned']} of {t['n_class']} images of class {t['target']} carry {t['name']}"
             for t in plan.counts["triggers"]
         ]

@@ -152,6 +152,8 @@ def evaluate(
     with screen.progress() as progress:
         known, known_labels, names = _labelled(train, geometry, follow_links, workers, progress)
         shown, shown_labels, _ = _labelled(test, geometry, follow_links, workers, progress, names)
+        if shown.fingerprint == known.fingerprint:
+            screen.note(f"--test {test} holds the images of --train, so that the figures are too good")
         report = evaluate_encoder(
             network,
             known,

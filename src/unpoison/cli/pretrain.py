@@ -109,6 +109,7 @@ def pretrain(
     if out.suffix != ".safetensors":
         raise ConfigError(f"--out {out}: expected a name that ends in .safetensors")
     ids = read_ids(only)
+    from unpoison.data.export import check_outside
     from unpoison.data.load import load_images, usual_side
     from unpoison.data.sources import open_source
     from unpoison.encoders.checkpoints import save_encoder
@@ -121,6 +122,7 @@ def pretrain(
     if fresh:
         state.unlink(missing_ok=True)
     source = open_source(images, root=root, follow_links=follow_links, only=ids)
+    check_outside(out, source)
     side = image_size or usual_side(source)
     with log_into(out.parent), screen.progress() as progress:
         pixels = load_images(source, Geometry(side, side), workers=workers, seed=seed, progress=progress)

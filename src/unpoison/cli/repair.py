@@ -265,6 +265,7 @@ def distill(
     screen = Screen(as_json=as_json, quiet=quiet)
     _check_out(out, Path(encoder), fresh=fresh)
     ids = read_ids(only)
+    from unpoison.data.export import check_outside
     from unpoison.data.load import load_images
     from unpoison.data.sources import open_source
     from unpoison.encoders.checkpoints import load_encoder, read_training, save_encoder
@@ -293,6 +294,7 @@ def distill(
         encoder, arch=teacher_arch, image_size=image_size, device=device, precision=precision
     )
     source = open_source(images, root=root, follow_links=follow_links, only=ids)
+    check_outside(out, source)
     with log_into(out.parent), screen.progress() as progress:
         pixels = load_images(
             source, teacher.preprocessing.geometry, workers=workers, seed=seed, progress=progress
@@ -381,6 +383,7 @@ def cleanclip(
     screen = Screen(as_json=as_json, quiet=quiet)
     _check_out(out, encoder, fresh=fresh)
     ids = read_ids(only)
+    from unpoison.data.export import check_outside
     from unpoison.data.load import load_images
     from unpoison.data.sources import open_source
     from unpoison.encoders.image_text import load_image_text, save_image_text, words_file
@@ -401,6 +404,7 @@ def cleanclip(
         state.unlink(missing_ok=True)
     pair = load_image_text(encoder, device=device, precision=precision)
     source = open_source(images, root=root, follow_links=follow_links, only=ids)
+    check_outside(out, source)
     with log_into(out.parent), screen.progress() as progress:
         pixels = load_images(
             source, pair.encoder.preprocessing.geometry, workers=workers, seed=seed, progress=progress

@@ -277,7 +277,7 @@ def _walk(folder: Path, follow_links: bool) -> _Found:
             found.refused.append(Skipped(escape(here), _unreadable("folder", error)))
             continue
         for entry in entries:
-            if entry.name.startswith("."):
+            if entry.name.startswith("._") and _is_finder_note(entry.path):
                 continue
             name = f"{here}/{entry.name}" if here else entry.name
             if not _is_folder(entry):
@@ -606,11 +606,9 @@ def _open_tar(location: str, root: Path, shards: list[str], refused: Iterable[Sk
                 continue
             name = header.name.removeprefix("./")
             suffix = os.path.splitext(name)[1].lower()
-            if (
-                header.isdir()
-                or suffix not in IMAGE_SUFFIXES | UNREAD_SUFFIXES
-                or name.rpartition("/")[2].startswith(".")
-            ):
+            if header.isdir() or suffix not in IMAGE_SUFFIXES | UNREAD_SUFFIXES:
+                continue
+            if name.rpartition("/")[2].startswith("._") and _is_finder_note(root / shard, header.offset_data):
                 continue
             id = f"{shard}:{name}"
             reason = unusable_name(name)
@@ -654,6 +652,16 @@ def _read_member(id: str, file: BinaryIO, member: TarMember) -> RawImage:
 _LINKED_FOLDER = "a link to a folder, and links are not followed"
 _LINK_OUTSIDE = "a link that leaves the root, and links are not followed"
 _NOT_REGULAR = "not a regular file"
+
+
+def _is_finder_note(path: str | Path, offset: int = 0) -> bool:
+    """Whether macOS wrote this beside a picture, as `._NAME`. Other hidden files count: trainers read them, too."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            return file.read(4) == b"\x00\x05\x16\x07"
+    except OSError:
+        return False
 
 
 def escape(name: str) -> str:

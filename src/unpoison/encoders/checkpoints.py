@@ -7,6 +7,7 @@ Encoders that have a name instead of a file are in `encoders.hub`.
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import logging
 import math
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from unpoison.encoders.backbones import SMALL_IMAGE, Architecture, build_backbone
 from unpoison.encoders.encoder import Encoder, Preprocessing
 from unpoison.encoders.hub import SCHEMES, LoadOptions, encoder_of_name
-from unpoison.encoders.weights import digest_file, digest_of, first_line, fit_weights, printable, read_weights
+from unpoison.encoders.weights import digest_file, first_line, fit_weights, printable, read_weights
 from unpoison.errors import CheckpointError, ConfigError
 from unpoison.records import Geometry
 
@@ -350,12 +351,11 @@ def as_encoder(
                 "wrong normalisation gives wrong features without any error"
             )
         return Encoder(
-            encoder,
+            _copied(encoder),
             preprocessing,
             name=type(encoder).__name__,
             device=device,
             precision=precision,
-            fingerprint=digest_of(encoder),
         )
     if preprocessing is not None:
         raise ConfigError(
@@ -373,6 +373,15 @@ def as_encoder(
         device=device,
         precision=precision,
     )
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    """A copy, since an encoder freezes its network, and the caller may want to train on."""
+    try:
+        return copy.deepcopy(module)
+    except Exception as error:  # what a module holds is its author's affair
+        _LOG.warning("%s cannot be copied (%s) and is frozen", type(module).__name__, first_line(error))
+        return module
 
 
 # --- Files -----------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from unpoison.encoders.weights import digest_of
 from unpoison.errors import ConfigError, ShapeError
 from unpoison.functional.colours import standardise
 from unpoison.records import Geometry
@@ -53,7 +55,8 @@ class Encoder:
         preprocessing: see `Preprocessing`.
         name: shown in reports.
         device, precision: see `runtime.choose_device` and `runtime.choose_precision`.
-        fingerprint: hex digest of the weights' file, empty if they came from memory.
+        fingerprint: hex digest of the weights: of their file, or of what the module holds in memory. Of a function it
+            is what the caller names it by; without a name no kept run and no kept detector fits it.
     """
 
     def __init__(
@@ -70,7 +73,7 @@ class Encoder:
         self.precision = choose_precision(precision, self.device)
         self.preprocessing = preprocessing
         self.name = name
-        self.fingerprint = fingerprint
+        self._fingerprint = fingerprint
         self.images_shown = 0
         self.largest_batch: int | None = None
         self.network = network
@@ -81,6 +84,18 @@ class Encoder:
                 network.to(memory_format=torch.channels_last)
         self._mean = torch.tensor(preprocessing.mean, device=self.device)
         self._std = torch.tensor(preprocessing.std, device=self.device)
+
+    @property
+    def fingerprint(self) -> str:
+        """See the class; empty for a function that has no name."""
+        if self._fingerprint or not isinstance(self.network, nn.Module):
+            return self._fingerprint
+        return digest_of(self.network)
+
+    def identity(self) -> dict[str, str]:
+        """What a kept run knows the encoder by; a function without a name is never known again."""
+        weights = self.fingerprint or f"a function without a fingerprint, {secrets.token_hex(8)}"
+        return {"name": self.name, "weights": weights}
 
     def compile(self) -> Encoder:
         """Run the network through `torch.compile` from now on: faster after half a minute or more, so for long scans.

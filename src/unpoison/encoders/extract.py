@@ -12,6 +12,8 @@ from unpoison.runtime import Progress, silent
 
 __all__ = ["extract_features", "raw_features"]
 
+_ALL_ALIKE = 1e-4  # rounding of bfloat16 lies above it, as do networks that were never trained
+
 
 def raw_features(
     encoder: Encoder,
@@ -46,7 +48,8 @@ def extract_features(
     """Unit-length features of every image.
 
     Raises:
-        NoVerdictError: the encoder gives NaN, infinite or zero features, so nothing can be compared.
+        NoVerdictError: the encoder gives NaN, infinite or zero features, or the same for all of several images, so
+            nothing can be compared.
     """
     values = raw_features(encoder, images.pixels, batch_size=batch_size, progress=progress)
     norms = values.norm(dim=1, keepdim=True)
@@ -56,4 +59,10 @@ def extract_features(
             f"{encoder.name} gives NaN, infinite or zero features for {bad} of {len(values)} images; "
             "check its weights and preprocessing"
         )
-    return Features(images.ids, values / norms)
+    units = values / norms
+    if len(units) > 1 and float((units - units.mean(dim=0)).norm(dim=1).max()) < _ALL_ALIKE:
+        raise NoVerdictError(
+            f"{encoder.name} gives the same features for all {len(units)} images: it is no working encoder; "
+            "check its weights and preprocessing"
+        )
+    return Features(images.ids, units)

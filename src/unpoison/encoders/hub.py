@@ -14,6 +14,7 @@ import json
 import math
 import re
 import socket
+import sys
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -167,6 +168,7 @@ def _from_torchvision(reference: str, model: str, weights: str, options: LoadOpt
             + (f"; did you mean {', '.join(near)}?" if near else "")
         )
     published = torchvision.models.get_model_weights(model)
+    offline = huggingface_hub.constants.HF_HUB_OFFLINE  # as --offline sets it; torchvision does not know it
     file = _weights_file(reference, weights)
     tag = "DEFAULT" if file is not None or weights in ("", _RANDOM) else weights
     if tag not in published.__members__:
@@ -182,6 +184,9 @@ def _from_torchvision(reference: str, model: str, weights: str, options: LoadOpt
             arguments["image_size"] = options.image_size
         network = torchvision.models.get_model_builder(model)(**arguments)
         if pretrained:
+            kept = Path(torch.hub.get_dir()) / "checkpoints" / source.url.rpartition("/")[2]
+            if offline and not kept.exists():
+                raise CheckpointError(f"offline, and {kept} does not exist")
             network.load_state_dict(source.get_state_dict(progress=False, check_hash=True, weights_only=True))
         return _without_head(network, reference)
 
@@ -215,7 +220,8 @@ def _named_network(
             network = build(False)
             return network, f"{scheme}:{name}@random", digest_of(network)
         try:
-            with _no_vain_retries():
+            # torchvision announces its downloads on stdout, which belongs to --json.
+            with _no_vain_retries(), contextlib.redirect_stdout(sys.stderr):
                 network = build(True)
         except ConfigError:
             raise

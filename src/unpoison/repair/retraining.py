@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from unpoison.data.export import check_outside
 from unpoison.data.load import load_images
 from unpoison.data.sources import ImageSource, open_source
 from unpoison.encoders.checkpoints import Training, read_training, save_encoder
@@ -121,8 +122,8 @@ def retrain(
         progress: told (stage, done, total).
 
     Raises:
-        ConfigError: nothing would be left out or changed, so that the new encoder would be the victim again; or the
-            victim's method cannot mix images.
+        ConfigError: `out` lies among the images; nothing would be left out or changed, so that the new encoder would be
+            the victim again; or the victim's method cannot mix images.
         DataError: the images are not those that were scanned.
         NoVerdictError: the training diverged or collapsed.
     """
@@ -130,6 +131,7 @@ def retrain(
     config = replace(recipe.config, i_cutmix=True) if i_cutmix else recipe.config
     as_before = config == recipe.config
     source, left_out = _without_flagged(images, kept, only, root, follow_links, must_leave_out=as_before)
+    check_outside(out, source)
     geometry = Geometry(recipe.image_size, recipe.image_size)
     pixels = load_images(source, geometry, workers=workers, progress=progress)
     if as_before and pixels.fingerprint == recipe.fingerprint:

@@ -113,7 +113,8 @@ def fit_cross_encoder(
     """Embed the reference images with both encoders.
 
     Args:
-        images: (N, 3, S, S) uint8, S as both encoders take them; the first `references` count.
+        images: (N, 3, S, S) uint8, S as both encoders take them; of more than `references` as many at even
+            distances, since files are often sorted by class.
         encoder: the suspect.
         other: a second encoder.
         config: see `CrossEncoderConfig`.
@@ -127,6 +128,7 @@ def fit_cross_encoder(
     sizes = [each.preprocessing.geometry.size for each in (encoder, other)]
     if sizes[0] != sizes[1]:
         raise ConfigError(f"the encoders take images of {sizes[0]} and {sizes[1]} pixels: expected the same")
-    chosen = images[: config.references]
+    count = min(len(images), config.references)
+    chosen = images[torch.linspace(0, len(images) - 1, count, dtype=torch.float64).round().long()]
     seen, by_other = (F.normalize(raw_features(each, chosen), dim=1) for each in (encoder, other))
     return CrossEncoder(config, encoder, other, seen, by_other)

@@ -54,7 +54,8 @@ class DedeConfig:
         trimmed: share of each batch that is left out of the loss, the images hardest to draw, [0, 0.5].
         warm_up: share of the epochs before images are left out, [0, 1].
         draws: random choices of visible cells over which a score is averaged, where any cell is visible.
-        standardise: whether embeddings are brought to mean 0 and variance 1 over the auxiliary images.
+        standardise: whether embeddings are brought to mean 0 over the auxiliary images, and divided by their deviation
+            and a tenth of the mean deviation.
         seed: of initial weights, orders and masks.
     """
 

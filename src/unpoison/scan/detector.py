@@ -43,8 +43,8 @@ __all__ = [
     "calibrate",
     "detect",
     "fit_detector",
+    "fit_on_judged",
     "judge",
-    "least_rate",
     "load_detector",
     "make_config",
     "passes_per_image",
@@ -142,7 +142,8 @@ class Calibration:
         """How surely innocent images of the calibration's kind would be flagged as often.
 
         Exact for scores without ties, also for few calibration images: the share above a calibration score of known
-        rank has a beta distribution, so the count has a beta-binomial one.
+        rank has a beta distribution, so the count has a beta-binomial one. Images that were set aside count as innocent
+        here, which makes it too large, never too small. Below 1e-10 it is only known to be small.
 
         Args:
             n_flagged: flagged images.
@@ -322,6 +323,33 @@ def fit_detector(
     return Detector(scorer, found, _fingerprints(encoder, other), size)
 
 
+def fit_on_judged(
+    method: str,
+    images: Tensor,
+    encoder: Encoder | None,
+    *,
+    other: Encoder | None,
+    config: DetectorConfig | None,
+    seed: int,
+    progress: Progress = silent,
+) -> Detector:
+    """A detector of the very images that it will judge: all of them, so that none scores low for having been fitted on.
+
+    Arguments and errors are as of `fit_detector`. The threshold is that of one image and decides nothing; see `judge`.
+    """
+    return fit_detector(
+        method,
+        images,
+        encoder,
+        other=other,
+        config=config,
+        calibration=images[:1],
+        false_positive_rate=0.5,
+        seed=seed,
+        progress=progress,
+    )
+
+
 def load_detector(
     path: Path | str, encoder: Encoder | None = None, *, other: Encoder | None = None
 ) -> Detector:
@@ -352,9 +380,10 @@ def load_detector(
         raise ConfigError(
             f"{path}: made for images of {size} pixels, but the encoder takes {expected}; give the one it was made for"
         )
-    if fingerprints != _fingerprints(encoder, other):
+    if fingerprints != _fingerprints(encoder, other) or "" in fingerprints:
         raise ConfigError(
-            f"{path}: made for another encoder; give the one it was fitted with, or fit it again"
+            f"{path}: made for another encoder, or for a function without a fingerprint; give the one it was fitted "
+            "with, or fit it again"
         )
     try:
         scorer = _restore(config, tensors, encoder, other)
@@ -451,12 +480,14 @@ def detect(
         NoVerdictError: features or scores are not finite.
     """
     independent = detector is not None or auxiliary is not None
-    if not independent:
-        false_positive_rate = least_rate(false_positive_rate, len(images))
-    if detector is None:
+    if detector is None and auxiliary is None:
+        detector = fit_on_judged(
+            method, images.pixels, encoder, other=other, config=config, seed=seed, progress=progress
+        )
+    elif detector is None and auxiliary is not None:
         detector = fit_detector(
             method,
-            images.pixels if auxiliary is None else auxiliary,
+            auxiliary,
             encoder,
             other=other,
             config=config,
@@ -465,7 +496,8 @@ def detect(
             batch_size=batch_size,
             progress=progress,
         )
-    elif detector.scorer.method != method:
+    assert detector is not None, "one was given or made"
+    if detector.scorer.method != method:
         raise ConfigError(
             f"method {method!r}, but the detector is one of {detector.scorer.method}: leave one of them out"
         )
@@ -503,7 +535,7 @@ def judge(
         p_value = calibration.p_value(int(above.sum()), len(images))
         rule = (
             f"{int(above.sum())} of {len(images)} images score above the threshold; of innocent images like the "
-            f"{calibration.n_images} of the calibration, at most {calibration.false_positive_rate:.2%} do"
+            f"{calibration.n_images} of the calibration, at most {calibration.bound:.2%} do"
         )
     elif isinstance(detector.scorer, SpectralDct):
         waves = find_waves(images.pixels, alpha, detector.scorer.config)
@@ -521,11 +553,6 @@ def judge(
     verdict = "poisoned" if p_value <= alpha else "no_evidence"
     flagged = above & (verdict == "poisoned")
     return Detection(verdict, "", p_value, _findings(images, scores, flagged), _SCOPES[method], rule)
-
-
-def least_rate(false_positive_rate: float, n_images: int) -> float:
-    """A rate for which half of these images are enough: the threshold of a detector made on them decides nothing."""
-    return min(0.5, max(false_positive_rate, 1 / (n_images // 2 + 1)))
 
 
 def passes_per_image(config: DetectorConfig) -> tuple[int, int]:

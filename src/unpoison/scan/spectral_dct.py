@@ -172,15 +172,12 @@ def find_waves(images: Tensor, alpha: float, config: SpectralDctConfig | None = 
     rows = unusual.topk(counts[-1], dim=0).indices
     positive = (values.gather(0, rows) > 0).cumsum(dim=0)[torch.tensor(counts) - 1]
     negative = (values.gather(0, rows) < 0).cumsum(dim=0)[torch.tensor(counts) - 1]
-    tests = positive.numel()
-    p_values = tests * _sign_test(torch.maximum(positive, negative), torch.tensor(counts)[:, None])
-    # Copies of one picture agree in sign: what is found must also stand when such images count once.
-    best, column = divmod(int(p_values.argmin()), p_values.shape[1])
-    strongest = rows[: counts[best], column]
-    signs = values[strongest[_distinct(images[strongest])], column].sign()
-    agreeing = torch.maximum((signs > 0).sum(), (signs < 0).sum())
-    once = tests * float(_sign_test(agreeing, torch.tensor(len(signs))))
-    p_value = min(1.0, max(float(p_values[best, column]), once))
+    p_values = positive.numel() * _sign_test(torch.maximum(positive, negative), torch.tensor(counts)[:, None])
+    # Copies of one picture agree in sign: where signs agree at all, such images count once.
+    for column in (p_values.amin(dim=0) < 1).nonzero().flatten().tolist():
+        distinct = rows[_distinct(images[rows[:, column]]), column]
+        p_values[:, column] = positive.numel() * _signs_agree(values[distinct, column], counts)
+    p_value = min(1.0, float(p_values.min()))
     if p_value > alpha:
         return Waves(p_value, torch.zeros(len(images), dtype=torch.bool), ())
     found = (p_values.amin(dim=0) <= alpha).nonzero().flatten()
@@ -215,6 +212,15 @@ def _unusual(values: Tensor, config: SpectralDctConfig) -> Tensor:
 def _sign_test(agreeing: Tensor, of: Tensor) -> Tensor:
     """Two-sided: that the more frequent of two equally likely signs is at least as frequent. float64."""
     return torch.as_tensor(2 * binom.sf(agreeing.numpy() - 1, of.numpy(), 0.5)).clamp_max(1)
+
+
+def _signs_agree(values: Tensor, counts: list[int]) -> Tensor:
+    """The sign test among the first so many values, for each count; 1 where there are not so many. float64."""
+    firsts = torch.tensor([min(count, len(values)) for count in counts])
+    positive = (values > 0).cumsum(dim=0)[firsts - 1]
+    negative = (values < 0).cumsum(dim=0)[firsts - 1]
+    enough = firsts == torch.tensor(counts)
+    return torch.where(enough, _sign_test(torch.maximum(positive, negative), firsts), 1.0)
 
 
 def _distinct(images: Tensor) -> Tensor:
