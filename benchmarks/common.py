@@ -268,7 +268,9 @@ def _short(value: Any) -> str:
 # ── many seeds, one file ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def parse(description: str | None, seeds: Sequence[int], cases: Sequence[str] = ()) -> argparse.Namespace:
+def parse(
+    description: str | None, seeds: Sequence[int], cases: Sequence[str] = (), methods: Sequence[str] = ()
+) -> argparse.Namespace:
     """The options that every benchmark has; also sets the number of threads, and memory as the command line does."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -289,7 +291,16 @@ def parse(description: str | None, seeds: Sequence[int], cases: Sequence[str] = 
         parser.add_argument(
             "--cases", nargs="+", default=list(cases), choices=list(cases), help="default: all"
         )
+    if methods:
+        parser.add_argument(
+            "--methods",
+            nargs="+",
+            choices=list(methods),
+            help="with --fresh: only these; the row keeps its others",
+        )
     options = parser.parse_args()
+    if methods and options.methods and not options.fresh:
+        parser.error("--methods names what --fresh computes again; add --fresh")
     if options.scans and not options.fresh:
         parser.error("--scans names what --fresh computes again; add --fresh")
     torch.set_num_threads(options.threads)

@@ -158,7 +158,7 @@ def run_row(name, kind, setting, seed, options):
     foreign, beyond = foreign[: setting.judged], foreign[setting.judged :][: setting.calibration // 100]
     triggered = paste_everywhere(test.images.select(foreign), trigger, seed=seed)
     few = paste_everywhere(test.images.select(beyond), trigger, seed=seed).pixels
-    row = {**row, "methods": {}}
+    row = {**row, "methods": dict(known_methods(f"{name}, {kind}", seed, options))}
     probe = fit_linear_probe(
         raw_features(encoder, train.images.pixels),
         train.labels,
@@ -169,6 +169,8 @@ def run_row(name, kind, setting, seed, options):
     taken = probe.predict(raw_features(encoder, triggered.pixels)) == trigger.target
     row["unscreened"] = {"accuracy": share(right), "attack_success": share(taken)}
     for method in setting.methods:
+        if method in row["methods"]:
+            continue
         started = time.perf_counter()
         if method == "poisoncam":
             score = poisoncam(encoder, fitting, setting, seed)
@@ -189,6 +191,15 @@ def run_row(name, kind, setting, seed, options):
         row["methods"][method] = {"fit_seconds": round(fitted, 1), **measured}
         common.say(f"{method}: AUROC {measured['auroc']:.3f}, {measured['images_per_second']:.0f} images/s")
     return row
+
+
+def known_methods(case, seed, options):
+    """What the newest row has of methods that `--methods` does not name."""
+    if not options.methods:
+        return {}
+    rows = common.known_rows("detectors", common.KEPT / "detectors.jsonl")
+    newest = [row["methods"] for row in rows if (row["case"], row["seed"]) == (case, seed)][-1:]
+    return {name: said for row in newest for name, said in row.items() if name not in options.methods}
 
 
 def fitted_detector(method, fitting, calibration, encoder, other, setting, seed):
@@ -591,7 +602,7 @@ CASES = [
 ]
 
 if __name__ == "__main__":
-    options = common.parse(__doc__, seeds=range(3), cases=CASES)
+    options = common.parse(__doc__, seeds=range(3), cases=CASES, methods=SETTING.methods)
     code = common.run_jobs("detectors", jobs_of(SETTING, options), options)
     common.print_table("detectors", table)
     sys.exit(code)

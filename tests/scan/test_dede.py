@@ -11,7 +11,7 @@ from toys import planted_encoder, planted_images
 from unpoison.encoders.encoder import Encoder, Preprocessing
 from unpoison.errors import ConfigError, NoVerdictError
 from unpoison.records import Geometry
-from unpoison.scan.dede import Dede, DedeConfig, _to_cells, _to_images, fit_dede
+from unpoison.scan.dede import Dede, DedeConfig, _to_cells, _to_images, _weights, fit_dede
 
 TINY = DedeConfig(width=8, heads=1, encoder_depth=1, decoder_depth=1, epochs=2, batch_size=32)
 
@@ -69,26 +69,33 @@ def test_training_learns_to_draw() -> None:
     assert scores[1] < 0.9 * scores[0]
 
 
-@pytest.mark.parametrize(
-    "change", [{"shuffle": False}, {"trimmed": 0.2}, {"standardise": False}, {"warm_up": 1.0}]
-)
+@pytest.mark.parametrize("change", [{"shuffle": False}, {"alike": 0.999}, {"standardise": False}])
 def test_every_mended_setting_does_something(change: dict[str, float]) -> None:
     given = images()[:40]
     pair: list[Dede] = [
-        fit_dede(given, planted_encoder(), dataclasses.replace(TINY, warm_up=0.0, batch_size=16, **each))  # type: ignore[arg-type]
-        for each in ({}, change)
-        if "warm_up" not in change
-    ] or [
-        fit_dede(given, planted_encoder(), dataclasses.replace(TINY, trimmed=0.2, warm_up=share))
-        for share in (0.0, 1.0)
+        fit_dede(given, planted_encoder(), dataclasses.replace(TINY, batch_size=16, **each))  # type: ignore[arg-type]
+        for each in ({"alike": 0.5}, {"alike": 0.5, **change})
     ]
     assert not torch.equal(pair[0].score(given), pair[1].score(given))
+
+
+def test_a_crowd_of_alike_embeddings_counts_less_than_one_image() -> None:
+    """Twin: one image at a time."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(30, 8, generator=generator)
+    features[:6] = torch.randn(8, generator=generator) + 0.05 * torch.randn(6, 8, generator=generator)
+    weights = _weights(features, 0.9)
+    for row in range(30):
+        cosines = torch.nn.functional.cosine_similarity(features[row][None], features)
+        assert float(weights[row]) == pytest.approx(1 / int((cosines >= 0.9).sum()) ** 2)
+    assert float(weights[:6].sum()) == pytest.approx(1 / 6) and float(weights[6:].min()) == 1.0
+    assert torch.equal(_weights(features, 1.0), torch.ones(30))
 
 
 def test_the_published_settings() -> None:
     config = DedeConfig.published()
     assert (config.width, config.encoder_depth, config.decoder_depth) == (192, 12, 4)
-    assert not config.shuffle and config.trimmed == 0 and config.epochs == 200
+    assert not config.shuffle and config.alike == 1 and config.epochs == 200
 
 
 @pytest.mark.parametrize(
@@ -98,7 +105,7 @@ def test_the_published_settings() -> None:
         ("train_hidden", 1, r"train_hidden=1: expected a share in \(0, 1\)"),
         ("width", 10, "width=10: expected a multiple of heads=3"),
         ("learning_rate", 0, "learning_rate=0, weight_decay=1e-06: expected a positive number"),
-        ("trimmed", 0.6, "trimmed=0.6, warm_up=0.25: expected shares"),
+        ("alike", 0.0, r"alike=0\.0: expected a cosine"),
     ],
 )
 def test_settings_are_checked(setting: str, value: float, message: str) -> None:

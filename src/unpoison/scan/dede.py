@@ -10,8 +10,8 @@ ones, and busy images before plain ones.
 
 Paper: Hou et al.: DeDe: Detecting Backdoor Samples for SSL Encoders via Decoders, CVPR 2025. Mended against the
 release: batches are shuffled, the threshold comes from scores at the same mask ratio, and the encoder brings its own
-normalisation. `DedeConfig.published()` sets what the release sets. `trimmed` leaves the images that are hardest to draw
-out of the later steps, against few poisoned ones; it is off, because it did harm where we tried (docs/detectors.md).
+normalisation. Images whose embeddings lie together as those of triggered images do count little in training (`alike`),
+so that a few poisoned ones do not teach the decoder to draw them. `DedeConfig.published()` sets what the release sets.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import ClassVar
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from unpoison.encoders.backbones import choose_attention_kernels
 from unpoison.encoders.encoder import Encoder
@@ -51,8 +52,8 @@ class DedeConfig:
         learning_rate: of Adam.
         weight_decay: of Adam.
         shuffle: whether each epoch has its own order.
-        trimmed: share of each batch that is left out of the loss, the images hardest to draw, [0, 0.5].
-        warm_up: share of the epochs before images are left out, [0, 1].
+        alike: cosine of embeddings from which auxiliary images count as alike, (0, 1]; one of n alike images has the
+            weight 1 / n² in training. 1: all count the same.
         draws: random choices of visible cells over which a score is averaged, where any cell is visible.
         standardise: whether embeddings are brought to mean 0 over the auxiliary images, and divided by their deviation
             and a tenth of the mean deviation.
@@ -71,8 +72,7 @@ class DedeConfig:
     learning_rate: float = 1e-3
     weight_decay: float = 1e-6
     shuffle: bool = True
-    trimmed: float = 0.0
-    warm_up: float = 0.25
+    alike: float = 0.9
     draws: int = 4
     standardise: bool = True
     seed: int = 0
@@ -101,10 +101,8 @@ class DedeConfig:
                 f"learning_rate={self.learning_rate}, weight_decay={self.weight_decay}: expected a positive number and "
                 "one that is not negative"
             )
-        if not (0 <= self.trimmed <= 0.5 and 0 <= self.warm_up <= 1):
-            raise ConfigError(
-                f"trimmed={self.trimmed}, warm_up={self.warm_up}: expected shares in [0, 0.5] and [0, 1]"
-            )
+        if not 0 < self.alike <= 1:
+            raise ConfigError(f"alike={self.alike}: expected a cosine in (0, 1]")
 
     @classmethod
     def published(cls) -> DedeConfig:
@@ -116,6 +114,7 @@ class DedeConfig:
             epochs=200,
             batch_size=256,
             shuffle=False,
+            alike=1.0,
             standardise=False,
         )
 
@@ -319,9 +318,9 @@ def _train(
     )
     count, cells = len(images), config.cells**2
     n_visible = config.visible(config.train_hidden)
+    weights = _weights(features, config.alike)
     for epoch in range(config.epochs):
         order = torch.randperm(count, generator=generator) if config.shuffle else torch.arange(count)
-        trimmed = config.trimmed if epoch >= config.warm_up * config.epochs else 0.0
         for start in range(0, count, config.batch_size):
             rows = order[start : start + config.batch_size]
             visible = torch.rand(len(rows), cells, generator=generator).argsort(dim=1)[:, :n_visible]
@@ -331,13 +330,22 @@ def _train(
                 drawn = decoder(target, features[rows].to(encoder.device), visible).float()
             errors = (drawn - target).square().mean(dim=2).scatter(1, visible, 0.0)
             losses = errors.sum(dim=1) / (cells - n_visible)
-            kept = losses.sort().values[: len(rows) - int(trimmed * len(rows))]
+            share = weights[rows].to(encoder.device)
             optimiser.zero_grad()
-            kept.mean().backward()
+            ((losses * share).sum() / share.sum()).backward()
             optimiser.step()
         if not bool(torch.isfinite(losses).all()):
             raise NoVerdictError(f"the decoder diverged in epoch {epoch + 1}: give a lower learning_rate")
         progress("train the decoder", epoch + 1, config.epochs)
+
+
+def _weights(features: Tensor, alike: float) -> Tensor:
+    """(N,) float32: 1 / n² of images that are alike with n - 1 others; all 1 where nothing counts as alike."""
+    if alike >= 1:
+        return torch.ones(len(features))
+    units = F.normalize(features, dim=1)
+    counts = torch.cat([(part @ units.T >= alike).sum(dim=1) for part in units.split(1024)])
+    return 1 / counts.clamp_min(1).float().square()
 
 
 def _cell_size(config: DedeConfig, encoder: Encoder) -> int:
