@@ -25,7 +25,6 @@ sys.path.insert(0, str(ROOT / "src"))
 
 import torch  # noqa: E402
 
-from unpoison.allocator import keep_freed_memory  # noqa: E402
 from unpoison.attack.plan import Plan, Trigger  # noqa: E402
 from unpoison.attack.ssl_backdoor import PatchAttackConfig, make_triggers, poison  # noqa: E402
 from unpoison.benchmark.cells import machine as this_machine  # noqa: E402
@@ -271,7 +270,7 @@ def _short(value: Any) -> str:
 def parse(
     description: str | None, seeds: Sequence[int], cases: Sequence[str] = (), methods: Sequence[str] = ()
 ) -> argparse.Namespace:
-    """The options that every benchmark has; also sets the number of threads, and memory as the command line does."""
+    """The options that every benchmark has; also sets the number of threads."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -304,7 +303,6 @@ def parse(
     if options.scans and not options.fresh:
         parser.error("--scans names what --fresh computes again; add --fresh")
     torch.set_num_threads(options.threads)
-    keep_freed_memory()
     return options
 
 

@@ -9,7 +9,6 @@ import re
 import sys
 
 import aim
-import allocator
 import clean
 import common
 import cost
@@ -39,7 +38,6 @@ TABLES = {
     "masks": masks.table,
     "detectors": detectors.table,
     "spectral_dct": spectral_dct.table,
-    "allocator": allocator.table,
     "throughput": throughput.table,
     "zoo": zoo.table,
 }

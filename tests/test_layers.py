@@ -17,7 +17,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "unpoison"
 VERBS = ("attack", "pretrain", "scan", "audit", "repair", "evaluate")
 LAYERS = [
-    {"allocator", "errors", "callable_package"},
+    {"errors", "callable_package"},
     {"records", "runtime"},
     {"functional"},
     {"data", "encoders"},

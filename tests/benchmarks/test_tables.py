@@ -67,11 +67,3 @@ def test_the_tables_of_demo_and_throughput():
 
 def test_the_readme_holds_what_the_results_say():
     assert tables.main(["--check"]) == 0
-
-
-def test_the_table_of_the_allocator_compares_within_a_row():
-    plain = {"train_seconds": 20.0, "scan_seconds": 80.0, "peak_memory_mib": 900.0}
-    text = tables.TABLES["allocator"](
-        {"rows": [{**ABOUT, "returned": plain, "kept": {**plain, "scan_seconds": 60.0}}]}
-    )
-    assert "| scan, s | 1 | 80 | 60 | 0.75 |" in text and "| training, s | 1 | 20 | 20 | 1.00 |" in text

@@ -19,7 +19,6 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import unpoison
-from unpoison.allocator import keep_freed_memory
 from unpoison.cli.every_verb import add_options
 from unpoison.cli.screen import complain, printable
 from unpoison.errors import UnpoisonError
@@ -131,7 +130,6 @@ def verbs(
 
 def main() -> None:
     """Run the command line and exit with its code."""
-    keep_freed_memory()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(
