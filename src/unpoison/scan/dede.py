@@ -344,7 +344,7 @@ def _weights(features: Tensor, alike: float) -> Tensor:
     if alike >= 1:
         return torch.ones(len(features))
     units = F.normalize(features, dim=1)
-    counts = torch.cat([(part @ units.T >= alike).sum(dim=1) for part in units.split(1024)])
+    counts = torch.cat([(part @ units.T >= alike).sum(dim=1) for part in torch.split(units, 1024)])
     return 1 / counts.clamp_min(1).float().square()
 
 
