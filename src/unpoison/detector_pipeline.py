@@ -22,6 +22,7 @@ from unpoison.runtime import Progress
 from unpoison.scan.config import PICTURES, ScanConfig
 from unpoison.scan.cost import ScanCost
 from unpoison.scan.detector import (
+    JUDGED_RATE,
     Detection,
     Detector,
     fit_detector,
@@ -192,7 +193,7 @@ def _fitted(bench: DetectorBench) -> Detector:
 
     tensors = bench.run.stage("detector", compute, passes=bench.passes)
     if bench.auxiliary is None:
-        rate = 0.5
+        rate = JUDGED_RATE
     return restore_detector(config, tensors, bench.encoder, other=bench.other, false_positive_rate=rate)
 
 

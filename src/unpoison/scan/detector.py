@@ -34,6 +34,7 @@ from unpoison.scan.spectral_dct import SpectralDct, SpectralDctConfig, find_wave
 
 __all__ = [
     "DETECTOR_SCHEMA",
+    "JUDGED_RATE",
     "METHODS",
     "Calibration",
     "Detection",
@@ -50,6 +51,9 @@ __all__ = [
     "passes_per_image",
     "restore_detector",
 ]
+
+JUDGED_RATE = 0.5
+"""Rate of a detector that is fitted on the judged images: one score makes such a threshold, which decides nothing."""
 
 DETECTOR_SCHEMA = "unpoison/detector/1"
 """What a detector's file calls itself; the number grows when an older reader would misread a newer file."""
@@ -335,7 +339,7 @@ def fit_on_judged(
 ) -> Detector:
     """A detector of the very images that it will judge: all of them, so that none scores low for having been fitted on.
 
-    Arguments and errors are as of `fit_detector`. The threshold is that of one image and decides nothing; see `judge`.
+    Arguments and errors are as of `fit_detector`; see `JUDGED_RATE`, and `judge` for what the verdict is then.
     """
     return fit_detector(
         method,
@@ -344,7 +348,7 @@ def fit_on_judged(
         other=other,
         config=config,
         calibration=images[:1],
-        false_positive_rate=0.5,
+        false_positive_rate=JUDGED_RATE,
         seed=seed,
         progress=progress,
     )
