@@ -28,7 +28,6 @@ import torch  # noqa: E402
 from unpoison.attack.plan import Plan, Trigger  # noqa: E402
 from unpoison.attack.ssl_backdoor import PatchAttackConfig, make_triggers, poison  # noqa: E402
 from unpoison.benchmark.cells import machine as this_machine  # noqa: E402
-from unpoison.benchmark.cells import versions  # noqa: E402
 from unpoison.benchmark.images import Split, digest, first_of_each_class  # noqa: E402
 from unpoison.data.export import write_json_atomically  # noqa: E402
 from unpoison.data.labels import read_labels  # noqa: E402
@@ -41,6 +40,7 @@ from unpoison.evaluate.scan_quality import score_scan  # noqa: E402
 from unpoison.evaluate.truth import read_truth  # noqa: E402
 from unpoison.pretrain.loop import PretrainConfig, pretrain  # noqa: E402
 from unpoison.records import Geometry, ImageSet, ScanResult  # noqa: E402
+from unpoison.runtime import choose_device, library_versions  # noqa: E402
 from unpoison.scan.config import ScanConfig  # noqa: E402
 
 SCHEMA = 1
@@ -382,7 +382,7 @@ def run_jobs(name: str, jobs: Iterable[Job], options: argparse.Namespace) -> int
             "command": " ".join(["python", f"benchmarks/{name}.py", *sys.argv[1:]]),
             "seconds": round(time.perf_counter() - started, 1),
             "machine": machine(options),
-            "versions": versions(),
+            "versions": library_versions(),
             "settings": job.settings,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -432,6 +432,11 @@ def write_results(name: str, path: Path) -> None:
 def machine(options: argparse.Namespace) -> Row:
     about = this_machine(options.device)
     return {**about, "threads": options.threads, "load": round(os.getloadavg()[0], 1)}
+
+
+def on_gpu(options: argparse.Namespace) -> str:
+    """What a speed's case is named beside its own name: speeds of different devices are different rows."""
+    return "" if choose_device(options.device).type == "cpu" else ", GPU"
 
 
 def say(line: str) -> None:

@@ -6,6 +6,7 @@ ctrl         CTRL: waves on 5 % of the data set, all of the target class
 blended      a picture of noise mixed in at 20 %, on as many images
 bad-encoder  BadEncoder, implanted in the clean-trained encoder
 drupe        DRUPE, likewise
+ctrl at scale  CTRL on ten classes of 4000 images, SimCLR, a ResNet-18 of full width, 100 epochs: for a GPU
 
 Auxiliary images fit each method, others of the same kind calibrate it: `in`, CIFAR-10 images that the victim never saw,
 1 % of the first with the trigger; `out`, Tiny-ImageNet at 32 pixels. Judged are 1000 clean and 1000 triggered test
@@ -57,10 +58,11 @@ from unpoison.scan.search import Searcher
 from unpoison.scan.spectral_dct import find_waves
 
 RATES = (0.01, 0.05)
-ATTACKS = ("patch", "ctrl", "blended", "bad-encoder", "drupe")
+ATTACKS = ("patch", "ctrl", "blended", "bad-encoder", "drupe", "ctrl at scale")
 IMPLANTED = ("bad-encoder", "drupe")
 REMOVED = ("patch", "ctrl")
 REMOVAL_RATE = 0.05
+# What is poisoned of all images, and with what magnitude: the paper's 1 % and 100, and more.
 STRENGTHS = {"1 %": (0.01, 100.0), "5 %": (0.05, 100.0), "5 %, magnitude 200": (0.05, 200.0)}
 
 
@@ -86,14 +88,24 @@ class Setting:
 
 
 SETTING = Setting()
+LARGE = {
+    "data": common.Data(folder="cifar10", size=32, classes=10, train=4000, test=1000),
+    "victim": common.PretrainConfig(method="simclr", arch="resnet18", width=64, epochs=100, batch_size=512),
+}
+
+
+def setting_of(attack, setting):
+    """The setting of a row; the attack that takes a GPU has data and a victim of its own."""
+    return replace(setting, **LARGE) if attack.endswith("at scale") else setting
 
 
 def attack_of(name, setting, seed):
     target = seed % setting.data.classes
     if name == "patch":
         return common.attack_of(replace(cifar5.CASES[0], data=setting.data), seed)
-    if name == "ctrl":
-        return CtrlConfig(target=target, rate=0.05)
+    if name.startswith("ctrl"):
+        # At the published magnitude of 100 neither victim learns the waves.
+        return CtrlConfig(target=target, rate=0.05, magnitude=200.0 if name.endswith("at scale") else 100.0)
     if name == "blended":
         return BlendedConfig(target=target, trigger=f"seed:{100 + seed}", rate=0.05)
     shared = {"targets": (target,), "batch_size": 128, "learning_rate": 0.04}
@@ -373,6 +385,9 @@ def run_speed(setting, seed, options):
             "images_per_second": len(images) / (time.perf_counter() - started),
             "latency_ms": latency(score, images),
             "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+            "gpu_memory_mib": round(torch.cuda.max_memory_allocated() / 2**20)
+            if encoder.device.type == "cuda"
+            else None,
         }
         common.say(f"{method}: {row['speed'][method]['images_per_second']:.0f} images/s")
     return row
@@ -393,7 +408,9 @@ def auroc(higher, lower):
 
 
 def run_strength(setting, seed, options):
-    """Attack success of CTRL by how much is planted, beside the clean-trained control."""
+    """Attack success of CTRL by how much is planted, beside the clean-trained control, and what finds it."""
+    from unpoison.pipeline import scan
+
     train, test = (common.load_split(setting.data, split) for split in ("train", "test"))
     control, _ = common.trained(train.images, setting.victim, seed, options)
     row = {"strengths": {}}
@@ -402,10 +419,12 @@ def run_strength(setting, seed, options):
         images, plan = poison(train.images, train.labels, train.class_names, attack, seed)
         encoder, _ = common.trained(images, setting.victim, seed, options)
         trigger = plan.triggers[0]
+        alone = scan(images, encoder, config=ScanConfig(method="poisoncam"), seed=seed)
         row["strengths"][name] = {
             "victim": common.probes(encoder, train, test, trigger, seed),
             "control": common.probes(control, train, test, trigger, seed),
             "waves": waves_in(images, plan),
+            "poisoncam": alone.verdict,
         }
         said = row["strengths"][name]["victim"]["linear"]
         common.say(
@@ -502,17 +521,21 @@ def rate_p_value(setting, method, measured, wanted, kind):
 
 
 def speed_table(results):
-    rows = [row for row in results["rows"] if "speed" in row]
-    header = ["method", "images/s", "one image, ms", "memory of the process so far, MiB", "threads"]
+    header = ["method", "images/s", "one image, ms", "memory so far, MiB: process (GPU)", "on"]
     lines = []
-    for method in rows[0]["speed"] if rows else ():
+    for case in dict.fromkeys(row["case"] for row in results["rows"] if "speed" in row):
+        rows = [row for row in results["rows"] if row["case"] == case]
+        for method in rows[0]["speed"]:
 
-        def of(path, method=method, **how):
-            return common.spread((common.pick(row["speed"][method], path) for row in rows), **how)
+            def of(path, rows=rows, method=method, **how):
+                return common.spread((common.pick(row["speed"][method], path) for row in rows), **how)
 
-        threads = ", ".join(sorted({str(common.pick(row, "machine.threads")) for row in rows}))
-        figures = (of("images_per_second"), of("latency_ms", digits=1), of("peak_memory_mib"))
-        lines.append([method, *figures, threads])
+            about = [row["machine"] for row in rows]
+            on = ", ".join(
+                sorted({m["gpu"] if case.endswith("GPU") else f"{m['threads']} threads" for m in about})
+            )
+            memory = of("peak_memory_mib") + (f" ({of('gpu_memory_mib')})" if case.endswith("GPU") else "")
+            lines.append([method, of("images_per_second"), of("latency_ms", digits=1), memory, on])
     return common.markdown(header, lines) if lines else ""
 
 
@@ -548,30 +571,45 @@ def removal_table(results):
 
 def strength_table(results):
     header = ["CTRL, share poisoned", "seeds", "ASR % (control)", "ACC %", "waves: found / right %"]
+    header += ["PoisonCAM alone says"]
     lines = []
-    rows = [row for row in results["rows"] if "strengths" in row]
-    for name in rows[0]["strengths"] if rows else ():
+    for case in dict.fromkeys(row["case"] for row in results["rows"] if "strengths" in row):
+        rows = [row for row in results["rows"] if row["case"] == case]
+        for name in rows[0]["strengths"]:
 
-        def of(path, name=name, **how):
-            return common.spread((common.pick(row["strengths"][name], path) for row in rows), **how)
+            def of(path, rows=rows, name=name, **how):
+                return common.spread((common.pick(row["strengths"][name], path) for row in rows), **how)
 
-        asr = f"{of('victim.linear.attack_success')} ({of('control.linear.attack_success')})"
-        waves = f"{of('waves.recall', percent=True)} / {of('waves.precision', percent=True)}"
-        lines.append([name, str(len(rows)), asr, of("victim.linear.accuracy"), waves])
+            asr = f"{of('victim.linear.attack_success')} ({of('control.linear.attack_success')})"
+            waves = f"{of('waves.recall', percent=True)} / {of('waves.precision', percent=True)}"
+            verdicts = [row["strengths"][name].get("poisoncam", "–") for row in rows]
+            said = ", ".join(f"{verdicts.count(v)} × {v}" for v in dict.fromkeys(verdicts))
+            where = case.replace("ctrl strength", "").strip(", ")
+            lines.append(
+                [
+                    f"{name} {where}".strip(),
+                    str(len(rows)),
+                    asr,
+                    of("victim.linear.accuracy"),
+                    waves,
+                    said,
+                ]
+            )
     return common.markdown(header, lines) if lines else ""
 
 
 def jobs_of(setting, options):
     for seed in options.seeds:
         for attack in ATTACKS:
+            own = setting_of(attack, setting)
             for kind in ("in", "out"):
                 case = f"{attack}, {kind}"
                 if case in options.cases:
                     yield common.Job(
                         case,
                         seed,
-                        {"setting": asdict(setting), "attack": asdict(attack_of(attack, setting, seed))},
-                        lambda a=attack, k=kind, s=seed: run_row(a, k, setting, s, options),
+                        {"setting": asdict(own), "attack": asdict(attack_of(attack, own, seed))},
+                        lambda a=attack, k=kind, own=own, s=seed: run_row(a, k, own, s, options),
                     )
         for attack in REMOVED:
             if f"{attack}, removed" in options.cases:
@@ -583,21 +621,27 @@ def jobs_of(setting, options):
                 )
         if "speed" in options.cases:
             yield common.Job(
-                "speed", seed, {"setting": asdict(setting)}, lambda s=seed: run_speed(setting, s, options)
-            )
-        if "ctrl strength" in options.cases:
-            yield common.Job(
-                "ctrl strength",
+                f"speed{common.on_gpu(options)}",
                 seed,
-                {"setting": asdict(setting), "strengths": STRENGTHS},
-                lambda s=seed: run_strength(setting, s, options),
+                {"setting": asdict(setting)},
+                lambda s=seed: run_speed(setting, s, options),
             )
+        for case in STRENGTH_CASES:
+            own = setting_of(case, setting)
+            if case in options.cases:
+                yield common.Job(
+                    case,
+                    seed,
+                    {"setting": asdict(own), "strengths": STRENGTHS},
+                    lambda own=own, s=seed: run_strength(own, s, options),
+                )
 
 
+STRENGTH_CASES = ("ctrl strength", "ctrl strength, at scale")
 CASES = [
     *(f"{attack}, {kind}" for attack in ATTACKS for kind in ("in", "out")),
     *(f"{attack}, removed" for attack in REMOVED),
-    "ctrl strength",
+    *STRENGTH_CASES,
     "speed",
 ]
 

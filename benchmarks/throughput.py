@@ -168,13 +168,23 @@ if __name__ == "__main__":
     code = common.run_jobs(
         "throughput",
         [
-            common.Job(name, seed, common.asdict(config), lambda c=config, s=seed: measure(c, s, options))
+            common.Job(
+                f"{name}{common.on_gpu(options)}",
+                seed,
+                common.asdict(config),
+                lambda c=config, s=seed: measure(c, s, options),
+            )
             for seed in options.seeds
             for name, config in NETWORKS.items()
             if name in options.cases
         ]
         + [
-            common.Job(name, seed, common.asdict(b.VICTIM), lambda b=b, s=seed: measure_victim(b, s, options))
+            common.Job(
+                f"{name}{common.on_gpu(options)}",
+                seed,
+                common.asdict(b.VICTIM),
+                lambda b=b, s=seed: measure_victim(b, s, options),
+            )
             for seed in options.seeds
             for name, b in VICTIMS.items()
             if name in options.cases

@@ -7,10 +7,8 @@ images → own collapse → a patch at each place → starts at the best → the
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import math
-import platform
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -60,7 +58,7 @@ from unpoison.pipeline import Images, count_of
 from unpoison.records import Cost, ImageSet
 from unpoison.report.audit_page import write_audit_report
 from unpoison.runs import MemoryRun, RunFolder, Stages
-from unpoison.runtime import Progress, silent, stage_generator
+from unpoison.runtime import Progress, library_versions, silent, stage_generator
 
 __all__ = [
     "PAPER_THRESHOLD",
@@ -224,10 +222,7 @@ def audit(
         "precision": str(suspect.precision).removeprefix("torch."),
         "config": asdict(config),
         "seed": seed,
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in ("unpoison", "torch", "timm", "numpy")},
-        },
+        "versions": library_versions(),
     }
     # Spread over the order of the images, in which one class often follows the other.
     rows = torch.linspace(0, len(searched.held) - 1, min(_EXAMPLES, len(searched.held))).long()

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from unpoison.encoders.encoder import Encoder
 from unpoison.errors import ConfigError
-from unpoison.patch_pipeline import by_coverage, coverage, library_versions
+from unpoison.patch_pipeline import by_coverage, coverage
 from unpoison.records import Evidence, ImageSet, ScanResult, StageCost, Verdict
 from unpoison.runs import Stages
-from unpoison.runtime import Progress
+from unpoison.runtime import Progress, library_versions
 from unpoison.scan.config import PICTURES, ScanConfig
 from unpoison.scan.cost import ScanCost
 from unpoison.scan.detector import (

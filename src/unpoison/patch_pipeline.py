@@ -5,9 +5,7 @@ images, encoder → features → clusters → search → confirmation → classi
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -34,7 +32,7 @@ from unpoison.records import (
     Verdict,
 )
 from unpoison.runs import Stages
-from unpoison.runtime import Progress, stage_generator
+from unpoison.runtime import Progress, library_versions, stage_generator
 from unpoison.scan.candidates import Candidates
 from unpoison.scan.config import PICTURES, TRIALS, ScanConfig, held_out_count
 from unpoison.scan.confirm import (
@@ -55,7 +53,7 @@ from unpoison.scan.poisoncam import MaskAttention
 from unpoison.scan.power import power_statement
 from unpoison.scan.search import Attention, Searcher, directed_scores, elect, vote
 
-__all__ = ["GLOBAL_TRIGGERS", "PatchBench", "by_coverage", "coverage", "library_versions", "search_patches"]
+__all__ = ["GLOBAL_TRIGGERS", "PatchBench", "by_coverage", "coverage", "search_patches"]
 
 Cached = Callable[[str, Callable[[], Candidates]], Candidates]
 
@@ -211,14 +209,6 @@ def by_coverage(images: ImageSet, min_coverage: float) -> tuple[Verdict, str]:
 def coverage(images: ImageSet) -> float:
     """Share of the named images that could be read."""
     return len(images) / (len(images) + len(images.skipped))
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of Python, unpoison and its libraries, for verdict.json."""
-    return {
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in ("unpoison", "torch", "timm", "numpy")},
-    }
 
 
 def _features(bench: PatchBench) -> Features:

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.metadata
+import platform
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
 import torch
 
+import unpoison
 from unpoison.errors import ConfigError
 
-__all__ = ["Progress", "autocast", "choose_device", "choose_precision", "seeded", "silent", "stage_generator"]
+__all__ = [
+    "Progress",
+    "autocast",
+    "choose_device",
+    "choose_precision",
+    "library_versions",
+    "seeded",
+    "silent",
+    "stage_generator",
+]
 
 Progress = Callable[[str, int, int], None]
 """Called as progress(stage, done, total) by every long loop; `stage` is a short phrase for people."""
@@ -87,3 +99,9 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
 def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
     """The autocast context for `precision`; does nothing for float32."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == torch.bfloat16)
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python, unpoison and its libraries, for what a run leaves behind; needs no installed package."""
+    libraries = {name: importlib.metadata.version(name) for name in ("torch", "timm", "numpy")}
+    return {"python": platform.python_version(), "unpoison": unpoison.__version__, **libraries}

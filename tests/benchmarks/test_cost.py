@@ -22,6 +22,7 @@ NAMES = ("a", "b")
 def scan(name, seed, **values):
     row = {"cell": "here", "case": f"here / {name}", "scan": name, "seed": seed, "n_images": 100}
     row |= {"encoder_passes": 100, "expected_passes": 100, "cpu_seconds": 10.0, "verdict": "poisoned"}
+    row["machine"] = {"gpu": None}
     row |= {"top20": 1.0, "top50": 1.0, "catch_rate": 1.0, "recall": 1.0, "precision": 1.0}
     return {**row, **values}
 

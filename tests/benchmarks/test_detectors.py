@@ -83,7 +83,7 @@ def test_the_table_has_a_line_per_method_and_one_per_strength():
         {
             "case": "speed",
             "seed": 0,
-            "machine": {"threads": 2},
+            "machine": {"threads": 2, "gpu": None},
             "speed": {"dede": {"images_per_second": 900.0, "latency_ms": 1.5, "peak_memory_mib": 800}},
         },
         {
@@ -98,6 +98,6 @@ def test_the_table_has_a_line_per_method_and_one_per_strength():
     assert len(first.splitlines()) == 4 and "0.981 (notebook" in first and "50 / 50" in first
     assert "7 / 55 (90 / 60)" in first
     assert rates.endswith("`in`, clean calibration images: 0 of 4; `in`, 1 % of these poisoned: 0 of 4.")
-    assert speed.splitlines()[-1] == "| dede | 900 | 1.5 | 800 | 2 |"
+    assert speed.splitlines()[-1] == "| dede | 900 | 1.5 | 800 | 2 threads |"
     assert removed.splitlines()[-1] == "| patch, removed | 1 | dede | 25 / 5.0 | 50 (50; 50) | 60 (60; 60) |"
     assert "40 / 1.0" in first and second.splitlines()[-1].startswith("| 5 % | 1 | 50 (50) | 60 | 100 / –")

@@ -15,7 +15,6 @@ import platform
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +40,9 @@ from unpoison.pipeline import scan
 from unpoison.pretrain.loop import PretrainConfig, TrainedEncoder, pretrain
 from unpoison.records import ImageSet, ScanResult
 from unpoison.repair.distillation import DistillConfig, distill
-from unpoison.runtime import Progress, silent
+from unpoison.runtime import Progress, library_versions, silent
 
-__all__ = ["Bench", "Row", "machine", "measure_scan", "probe_rows", "source_digest", "versions"]
+__all__ = ["Bench", "Row", "machine", "measure_scan", "probe_rows", "source_digest"]
 
 CELL_SCHEMA = 1
 Row = dict[str, Any]
@@ -193,7 +192,7 @@ class Bench:
             "measurements": measurements,
             "seconds": {**seconds, "cell": round(time.perf_counter() - started, 1)},
             "machine": machine(self.device),
-            "versions": versions(),
+            "versions": library_versions(),
             "source": source_digest(),
         }
         write_json_atomically(self.store / "cells" / f"{key}.json", row)
@@ -537,12 +536,6 @@ def machine(device: str) -> Row:
         "threads": torch.get_num_threads(),
         "device": device,
     }
-
-
-def versions() -> dict[str, str]:
-    """Of this program and of what computes for it."""
-    found = {name: metadata.version(name) for name in ("torch", "timm", "numpy")}
-    return {"unpoison": unpoison.__version__, "python": platform.python_version(), **found}
 
 
 @cache

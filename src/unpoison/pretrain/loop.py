@@ -291,6 +291,7 @@ def train(
     steps = config.epochs * steps_per_epoch
     mean, std = (torch.tensor(v, device=on) for v in (preprocessing.mean, preprocessing.std))
     sample = images.pixels[:: max(1, len(images) // _SAMPLE)][:_SAMPLE]
+    pixels = _near(images.pixels, on)
     for epoch in range(len(losses), config.epochs):
         generator = stage_generator(seed, f"pretrain/epoch/{epoch}")
         total = torch.zeros((), device=on)
@@ -302,7 +303,7 @@ def train(
             rate = _rate(step / steps_per_epoch if steps > 1 else 0.5, config.epochs, recipe.warmup_epochs)
             for group in optimiser.param_groups:
                 group["lr"] = rate * recipe.learning_rate * batch_size / 256
-            batch = images.pixels[rows].to(on)
+            batch = pixels[rows.to(pixels.device)].to(on)
             first, second = (
                 standardise(random_views(batch, views, generator=generator), mean, std)
                 for views in (config.views, config.second_views or config.views)
@@ -331,6 +332,13 @@ def train(
 
 _SAMPLE = 256
 """Images whose features are looked at after each epoch."""
+
+
+def _near(pixels: Tensor, device: torch.device) -> Tensor:
+    """The images on the device where a quarter of its free memory holds them: gathering a batch there is free."""
+    if device.type != "cuda" or pixels.nbytes > torch.cuda.mem_get_info(device)[0] // 4:
+        return pixels
+    return pixels.to(device)
 
 
 def _measure_preprocessing(images: ImageSet) -> Preprocessing:
