@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import unpoison
 from unpoison import runtime
 from unpoison.errors import ConfigError
 from unpoison.runtime import autocast, choose_device, choose_precision, seeded, silent, stage_generator
@@ -81,3 +82,10 @@ def test_autocast_multiplies_in_the_precision_asked_for() -> None:
 def test_the_silent_callback_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     silent("features", 1, 2)
     assert capsys.readouterr() == ("", "")
+
+
+def test_versions_need_no_installed_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {"torch": "2", "timm": "1", "numpy": "2"}
+    monkeypatch.setattr("importlib.metadata.version", known.__getitem__)
+    found = runtime.library_versions()
+    assert found["unpoison"] == unpoison.__version__ and {name: found[name] for name in known} == known
