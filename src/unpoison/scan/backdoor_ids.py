@@ -10,9 +10,7 @@ Paper: Huang, Li, Gao, Yan, Shi, Gao: BackdoorIDS: Zero-shot Backdoor Detection 
 arXiv 2603.11664. Only its abstract was at hand: number of steps, ratios, fill and radius of DBSCAN are ours. Ours too
 is the score: the largest radius at which DBSCAN still finds more than one cluster. The paper's yes or no at a radius is
 this score compared with that radius; here the radius is the conformal threshold. Ours, lastly, are several orders of
-hiding: in a single one the first few cells may break the trigger, and the sequence never shows it whole. And they hide
-under different things: where an attacker's target lies close to what the encoder makes of a hidden image, the embedding
-has nowhere to jump. Most of all so under the trigger's own colour, hence random pixels beside the mean.
+hiding: in a single one the first few cells may break the trigger, and the sequence never shows it whole.
 """
 
 from __future__ import annotations
@@ -41,9 +39,8 @@ class BackdoorIdsConfig:
         most_hidden: share of the image that the last step hides, (0, 1].
         cells: the image is hidden in cells of a grid of so many per side.
         least: images that make a cluster (DBSCAN's minPts, the point itself included), at least 2.
-        orders: sequences per image, each hiding the cells in another order and, after the first, under other random
-            pixels; the largest score counts. 1 to 20.
-        seed: decides orders and pixels, which are the same for every image.
+        orders: sequences per image, each hiding the cells in another order; the largest score counts. 1 to 20.
+        seed: decides the orders, which are the same for every image.
     """
 
     steps: int = 20
@@ -84,20 +81,15 @@ class BackdoorIds:
         Returns:
             (N,) float32 in [0, 2]: a cosine distance; 0 where no radius gives two clusters.
         """
+        # Values in [0, 1], so that hidden pixels can be the encoder's mean exactly, which it normalises to zero.
+        mean = torch.tensor(self.encoder.preprocessing.mean).view(3, 1, 1)
         pictures = images.cpu().float() / 255
         best = torch.zeros(len(images))
         for order in range(self.config.orders):
-            hidden, cover = self._masks(images.shape[-1], order), self._cover(images.shape[-1], order)
-            sequence = [self.encoder.features(torch.where(mask, cover, pictures)).cpu() for mask in hidden]
+            hidden = self._masks(images.shape[-1], order)
+            sequence = [self.encoder.features(torch.where(mask, mean, pictures)).cpu() for mask in hidden]
             best = torch.maximum(best, splitting_radius(torch.stack(sequence, dim=1), self.config.least))
         return best
-
-    def _cover(self, side: int, number: int) -> Tensor:
-        """(3, side, side) float32 in [0, 1], what hidden pixels show: the encoder's mean, then random pixels."""
-        if number == 0:
-            return torch.tensor(self.encoder.preprocessing.mean).view(3, 1, 1).expand(3, side, side)
-        generator = stage_generator(self.config.seed, f"scan/backdoor-ids/cover/{number}")
-        return torch.rand(3, side, side, generator=generator)
 
     def _masks(self, side: int, number: int) -> Tensor:
         """(steps, 1, side, side) bool, growing from none; True = hidden."""
