@@ -248,4 +248,4 @@ def test_every_study_is_there_at_both_scales():
         "compress",
         "victims",
     }
-    assert names == studies | {f"{name}_small" for name in studies}
+    assert names == studies | {f"{name}_small" for name in studies} | {"tiny100"}
