@@ -434,7 +434,7 @@ def machine(options: argparse.Namespace) -> Row:
     return {**about, "threads": options.threads, "load": round(os.getloadavg()[0], 1)}
 
 
-def on_gpu(options: argparse.Namespace) -> str:
+def device_suffix(options: argparse.Namespace) -> str:
     """What a speed's case is named beside its own name: speeds of different devices are different rows."""
     return "" if choose_device(options.device).type == "cpu" else ", GPU"
 

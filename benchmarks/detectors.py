@@ -6,7 +6,8 @@ ctrl         CTRL: waves on 5 % of the data set, all of the target class
 blended      a picture of noise mixed in at 20 %, on as many images
 bad-encoder  BadEncoder, implanted in the clean-trained encoder
 drupe        DRUPE, likewise
-ctrl at scale  CTRL on ten classes of 4000 images, SimCLR, a ResNet-18 of full width, 100 epochs: for a GPU
+ctrl at scale  CTRL on ten classes of 4000 images, SimCLR, a ResNet-18 of full width, 100 epochs: for a GPU; without
+               one, only when it is named by --cases
 
 Auxiliary images fit each method, others of the same kind calibrate it: `in`, CIFAR-10 images that the victim never saw,
 1 % of the first with the trigger; `out`, Tiny-ImageNet at 32 pixels. Judged are 1000 clean and 1000 triggered test
@@ -621,7 +622,7 @@ def jobs_of(setting, options):
                 )
         if "speed" in options.cases:
             yield common.Job(
-                f"speed{common.on_gpu(options)}",
+                f"speed{common.device_suffix(options)}",
                 seed,
                 {"setting": asdict(setting)},
                 lambda s=seed: run_speed(setting, s, options),
@@ -647,6 +648,8 @@ CASES = [
 
 if __name__ == "__main__":
     options = common.parse(__doc__, seeds=range(3), cases=CASES, methods=SETTING.methods)
+    if options.cases == CASES and not common.device_suffix(options):
+        options.cases = [case for case in CASES if "at scale" not in case]  # days on a processor
     code = common.run_jobs("detectors", jobs_of(SETTING, options), options)
     common.print_table("detectors", table)
     sys.exit(code)

@@ -169,7 +169,7 @@ if __name__ == "__main__":
         "throughput",
         [
             common.Job(
-                f"{name}{common.on_gpu(options)}",
+                f"{name}{common.device_suffix(options)}",
                 seed,
                 common.asdict(config),
                 lambda c=config, s=seed: measure(c, s, options),
@@ -180,7 +180,7 @@ if __name__ == "__main__":
         ]
         + [
             common.Job(
-                f"{name}{common.on_gpu(options)}",
+                f"{name}{common.device_suffix(options)}",
                 seed,
                 common.asdict(b.VICTIM),
                 lambda b=b, s=seed: measure_victim(b, s, options),

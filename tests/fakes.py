@@ -154,3 +154,56 @@ def with_benign_pattern(result: ScanResult, n_sources: int = 7) -> ScanResult:
     }
     summary = {**result.summary, "benign_patterns": [{**entry, "image": pattern.image}]}
     return replace(result, summary=summary, benign_patterns=(pattern,))
+
+
+TINY_STUDY = """
+name = "tiny"
+title = "A tiny study"
+seeds = [0, 1]
+
+[data.digits]
+embedded = "digits"
+classes = 3
+train = 20
+test = 10
+
+[attack.patch]
+share_of_side = 0.25
+rate = 1.0
+margin = 0.03125
+
+[victim.resnet]
+epochs = 1
+width = 4
+batch_size = 20
+
+[defence."no defence"]
+kind = "none"
+
+[defence.PoisonCAM]
+n_flips = 8
+exploit = 5
+clusters = 4
+window = 9
+score = "concentrated"
+masks = "random"
+n_masks = 8
+
+[defence."clean-trained"]
+kind = "clean-trained"
+
+[[table]]
+title = "ACC and ASR"
+rows = ["data", "defence"]
+columns = ["accuracy", "attack_success", "knn.accuracy", "removed"]
+
+[[plot]]
+title = "Search"
+x = "k"
+y = ["top_accuracy"]
+
+[[published]]
+where = { defence = "PoisonCAM" }
+values = { accuracy = 69.7, attack_success = 0.7 }
+source = "PoisonCAM, Table I"
+"""

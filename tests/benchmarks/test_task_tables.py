@@ -6,53 +6,26 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import task_tables
 
+from fakes import TINY_STUDY
 from unpoison.benchmark.cells import Bench
 from unpoison.benchmark.task import read_task
-
-TASK = """
-name = "tiny"
-title = "A tiny study"
-seeds = [0, 1]
-[data.digits]
-embedded = "digits"
-classes = 3
-train = 20
-test = 10
-[attack.patch]
-share_of_side = 0.25
-rate = 1.0
-[victim.resnet]
-epochs = 1
-width = 4
-batch_size = 20
-[defence."no defence"]
-kind = "none"
-[[table]]
-title = "ACC"
-rows = ["data"]
-columns = ["accuracy"]
-[[plot]]
-title = "ACC"
-x = "victim.epochs"
-y = ["accuracy"]
-"""
 
 
 @pytest.fixture
 def task(tmp_path, monkeypatch):
     monkeypatch.setattr(task_tables, "TASKS", tmp_path)
-    (tmp_path / "tiny.toml").write_text(TASK)
+    (tmp_path / "tiny.toml").write_text(TINY_STUDY)
     return read_task(tmp_path / "tiny.toml")
 
 
 def test_a_study_without_a_finished_cell_is_left_alone(task, tmp_path):
-    assert task_tables.write("tiny", tmp_path / "store", tmp_path / "tables") == (0, 2)
+    assert task_tables.write("tiny", tmp_path / "store", tmp_path / "tables") == (0, 6)
     assert not (tmp_path / "tables").exists()
 
 
 def test_finished_cells_become_a_table_with_its_plots(task, tmp_path):
     Bench(task, tmp_path / "store").compute(task.cells[0])
-    assert task_tables.write("tiny", tmp_path / "store", tmp_path / "tables") == (1, 2)
+    assert task_tables.write("tiny", tmp_path / "store", tmp_path / "tables") == (1, 6)
     text = (tmp_path / "tables" / "tiny.md").read_text()
-    assert "1 of 2 cells" in text and "| digits | 1 of 2 |" in text
+    assert "1 of 6 cells" in text and "| digits | no defence | 1 of 2 |" in text
     assert "(tiny/1.svg)" in text and (tmp_path / "tables" / "tiny" / "1.svg").exists()
