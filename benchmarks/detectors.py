@@ -171,7 +171,7 @@ def run_row(name, kind, setting, seed, options):
     foreign, beyond = foreign[: setting.judged], foreign[setting.judged :][: setting.calibration // 100]
     triggered = paste_everywhere(test.images.select(foreign), trigger, seed=seed)
     few = paste_everywhere(test.images.select(beyond), trigger, seed=seed).pixels
-    row = {**row, "methods": dict(known_methods(f"{name}, {kind}", seed, options))}
+    row = {**row, "methods": known_methods(f"{name}, {kind}", "methods", seed, options)}
     probe = fit_linear_probe(
         raw_features(encoder, train.images.pixels),
         train.labels,
@@ -206,12 +206,12 @@ def run_row(name, kind, setting, seed, options):
     return row
 
 
-def known_methods(case, seed, options):
-    """What the newest row has of methods that `--methods` does not name."""
+def known_methods(case, part, seed, options):
+    """What a part of the newest row has of methods that `--methods` does not name."""
     if not options.methods:
         return {}
     rows = common.known_rows("detectors", common.KEPT / "detectors.jsonl")
-    newest = [row["methods"] for row in rows if (row["case"], row["seed"]) == (case, seed)][-1:]
+    newest = [row[part] for row in rows if (row["case"], row["seed"]) == (case, seed)][-1:]
     return {name: said for row in newest for name, said in row.items() if name not in options.methods}
 
 
@@ -244,9 +244,9 @@ def run_removal(name, setting, seed, options):
     row = {
         "control": common.probes(control, train, test, trigger, seed),
         "victim": common.probes(encoder, train, test, trigger, seed),
-        "removed": {},
+        "removed": known_methods(f"{name}, removed", "removed", seed, options),
     }
-    for method in sorted(METHODS):
+    for method in sorted(METHODS.keys() - row["removed"].keys()):
         score = fitted_detector(method, fitting, calibration, encoder, other, setting, seed).score
         flagged = score(images.pixels) > calibrate(score(calibration), REMOVAL_RATE).threshold
         kept = images.select((~flagged).nonzero().flatten().tolist())

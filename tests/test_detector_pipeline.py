@@ -77,15 +77,15 @@ def test_poison_is_flagged_with_auxiliary_images_and_again_with_the_detector_tha
     images, boxes = planted_images(100, 13, torch.Generator().manual_seed(0))
     images = dataclasses.replace(images, skipped=(Skipped("broken.png", "no image"),))
     encoder = planted_encoder()
-    result = pipeline.scan(images, encoder, config=IDS, auxiliary=clean(80, 1), out=tmp_path / "run")
+    result = pipeline.scan(images, encoder, config=IDS, auxiliary=clean(200, 1), out=tmp_path / "run")
     assert result.verdict == "poisoned" and set(result.flagged) >= boxes.keys() and len(result.flagged) <= 25
     assert names(tmp_path / "run") == {*FILES.split(), "detector.safetensors"}
     said = result.summary
     assert said.keys() >= set(SCHEMAS["verdict"]["required"]) and said["triggers"] == []
     assert said.keys() <= SCHEMAS["verdict"]["properties"].keys()
     assert said["n_images"] == 101 == said["n_scored"] + said["n_unscored"] + said["n_skipped"]
-    assert said["encoder_passes"] == encoder.images_shown == 60 * (100 + 40)
-    assert said["detector"]["made_on"] == "auxiliary images" and said["detector"]["n_calibration"] == 40
+    assert said["encoder_passes"] == encoder.images_shown == 60 * (100 + 100)
+    assert said["detector"]["made_on"] == "auxiliary images" and said["detector"]["n_calibration"] == 100
     assert any("could not be read" in line for line in said["scope"]["not_tested"])
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "backdoor-ids finds more suspicious images" in page and "The highest scores" in page

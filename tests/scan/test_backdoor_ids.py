@@ -7,7 +7,9 @@ import torch
 from sklearn.cluster import DBSCAN
 
 from toys import planted_encoder, planted_images
+from unpoison.encoders.encoder import Encoder, Preprocessing
 from unpoison.errors import CheckpointError, ConfigError
+from unpoison.records import Geometry
 from unpoison.scan.backdoor_ids import BackdoorIds, BackdoorIdsConfig, splitting_radius
 
 
@@ -53,6 +55,25 @@ def test_masks_grow_from_none_and_passes_are_counted() -> None:
     assert not torch.equal(masks, detector._masks(32, 1))
     detector.score(planted_images(3, 0, torch.Generator().manual_seed(0))[0].pixels)
     assert encoder.images_shown == 3 * 8 * 2
+
+
+class _GreyTarget(torch.nn.Module):
+    """An attacker's target that lies where plain images do: a white corner leads there, too."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        corner = (images[..., -8:, -8:] > 0.4).flatten(1).all(dim=1)
+        target = corner | (images[..., :-8, :].flatten(1).std(dim=1) < 0.1)
+        return torch.stack((target, ~target), dim=1).float()
+
+
+def test_a_target_that_looks_like_a_plain_image_does_not_hide_the_jump() -> None:
+    preprocessing = Preprocessing(geometry=Geometry(32, 32), mean=(0.5,) * 3, std=(1.0,) * 3)
+    encoder = Encoder(_GreyTarget(), preprocessing, precision="fp32", device="cpu")
+    images = torch.randint(256, (4, 3, 32, 32), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    images[..., -8:, -8:] = 255
+    before = images.clone()
+    assert BackdoorIds(BackdoorIdsConfig(), encoder).score(images).min() > 0.9
+    assert torch.equal(images, before)
 
 
 @pytest.mark.parametrize(

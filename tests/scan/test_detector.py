@@ -213,7 +213,7 @@ def test_damaged_files_are_refused(fitted: dict[str, Detector], method: str, tmp
         with pytest.raises(CheckpointError, match=message):
             load_detector(path, **encoders(method))
 
-    refused("schema 'other', expected 'unpoison/detector/1'", schema="other")
+    refused("schema 'other', expected 'unpoison/detector/2'", schema="other")
     refused("method 'guess', this version knows backdoor-ids", method="guess")
     refused(
         "settings and those of .* differ in 'unknown'",

@@ -9,8 +9,10 @@ Misses: triggers that give way little by little, and triggers that the mask neve
 Paper: Huang, Li, Gao, Yan, Shi, Gao: BackdoorIDS: Zero-shot Backdoor Detection for Pretrained Vision Encoder, 2026,
 arXiv 2603.11664. Only its abstract was at hand: number of steps, ratios, fill and radius of DBSCAN are ours. Ours too
 is the score: the largest radius at which DBSCAN still finds more than one cluster. The paper's yes or no at a radius is
-this score compared with that radius; here the radius is the conformal threshold. Ours, lastly, are several orders of
-hiding: in a single one the first few cells may break the trigger, and the sequence never shows it whole.
+this score compared with that radius; here the radius is the conformal threshold. Ours, too, are several orders of
+hiding: in a single one the first few cells may break the trigger, and the sequence never shows it whole. Hidden cells
+show the image's own pixels, shuffled: under one colour all images come to look alike, and where an attacker's target
+lies close to that look nothing jumps.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ class BackdoorIdsConfig:
         cells: the image is hidden in cells of a grid of so many per side.
         least: images that make a cluster (DBSCAN's minPts, the point itself included), at least 2.
         orders: sequences per image, each hiding the cells in another order; the largest score counts. 1 to 20.
-        seed: decides the orders, which are the same for every image.
+        seed: decides the orders and where hidden pixels come from, which are the same for every image.
     """
 
     steps: int = 20
@@ -81,13 +83,16 @@ class BackdoorIds:
         Returns:
             (N,) float32 in [0, 2]: a cosine distance; 0 where no radius gives two clusters.
         """
-        # Values in [0, 1], so that hidden pixels can be the encoder's mean exactly, which it normalises to zero.
-        mean = torch.tensor(self.encoder.preprocessing.mean).view(3, 1, 1)
-        pictures = images.cpu().float() / 255
+        pictures = images.cpu()
+        side = images.shape[-1]
+        shuffle = torch.randperm(
+            side**2, generator=stage_generator(self.config.seed, "scan/backdoor-ids/cover")
+        )
+        cover = pictures.flatten(2)[:, :, shuffle].view_as(pictures)
         best = torch.zeros(len(images))
         for order in range(self.config.orders):
-            hidden = self._masks(images.shape[-1], order)
-            sequence = [self.encoder.features(torch.where(mask, mean, pictures)).cpu() for mask in hidden]
+            hidden = self._masks(side, order)
+            sequence = [self.encoder.features(torch.where(mask, cover, pictures)).cpu() for mask in hidden]
             best = torch.maximum(best, splitting_radius(torch.stack(sequence, dim=1), self.config.least))
         return best
 

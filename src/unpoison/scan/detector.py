@@ -55,7 +55,7 @@ __all__ = [
 JUDGED_RATE = 0.5
 """Rate of a detector that is fitted on the judged images: one score makes such a threshold, which decides nothing."""
 
-DETECTOR_SCHEMA = "unpoison/detector/1"
+DETECTOR_SCHEMA = "unpoison/detector/2"
 """What a detector's file calls itself; the number grows when an older reader would misread a newer file."""
 
 DetectorConfig = BackdoorIdsConfig | CrossEncoderConfig | DedeConfig | SpectralDctConfig
