@@ -161,6 +161,20 @@ def test_windows_that_merely_look_alike_are_none() -> None:
     assert find_finalists(found, descending(len(bright)), images, nowhere(found)) == []
 
 
+@pytest.mark.parametrize(("exact", "found_any"), [(6, False), (8, True)])
+def test_of_many_that_resemble_a_pattern_more_than_a_few_must_show_its_pixels(
+    exact: int, found_any: bool
+) -> None:
+    """Of 112 windows a sixteenth is seven."""
+    other = torch.rand(112, 1, WINDOW, WINDOW, generator=torch.Generator().manual_seed(4)) < 0.25
+    other[:exact] = False
+    patches = torch.where(other, noise(112, WINDOW, seed=5), planted_pattern())
+    found, images = windows(patches)
+    finalists = find_finalists(found, descending(112), images, nowhere(found))
+    assert [len(f.members) for f in finalists] == [112] * found_any
+    assert all(len(f.core) == exact for f in finalists)
+
+
 def test_crops_of_one_picture_share_what_they_show() -> None:
     """The same pixels recur, and so does what is around them: nothing was pasted."""
     scene = F.interpolate(noise(1, 16, seed=6).float(), 64, mode="bilinear")[0].to(torch.uint8)
