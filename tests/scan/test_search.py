@@ -291,6 +291,21 @@ def test_the_direction_whose_windows_look_alike_is_elected() -> None:
     torch.testing.assert_close(elected.norm(dim=1), torch.ones(1))
 
 
+@pytest.mark.parametrize(("one_trigger", "elected"), [(True, [4]), (False, [4, 2])])
+def test_of_the_directions_of_one_trigger_the_hardest_push_is_enough(
+    one_trigger: bool, elected: list[int]
+) -> None:
+    triggers = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8, generator=generator(7))
+    trials = []
+    for number, (push, axis) in enumerate(((1.0, 2), (1.2, 4))):
+        patches = torch.randint(0, 256, (20, 3, 8, 8), dtype=torch.uint8, generator=generator(8 + number))
+        patches[:5] = triggers[0 if one_trigger else number]
+        shifts = 0.01 * torch.randn(20, 6, generator=generator(10 + number))
+        shifts[:5, axis] += push
+        trials.append(pushing(shifts, torch.zeros(20), patches))
+    assert elect(trials, torch.eye(6)[[2, 4]]).argmax(dim=1).tolist() == elected
+
+
 def test_when_nothing_recurs_the_hardest_push_stays() -> None:
     weak, strong = (
         pushing(0.01 * torch.randn(20, 6, generator=generator(s)), torch.zeros(20)) for s in (11, 12)

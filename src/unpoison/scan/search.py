@@ -124,7 +124,8 @@ def elect(trials: list[Candidates], directions: Tensor) -> Tensor:
 
     A trigger's windows show one pattern: of the ten that push hardest along its direction at least three must look
     alike, and the push must be no less than a third of the strongest one's. When no direction passes, the one that
-    pushes hardest is kept, so that a ranking still exists.
+    pushes hardest is kept, so that a ranking still exists. A trigger that leads to several clusters comes up along
+    several directions; each costs as much as the first and shows the same windows, so that the hardest push is enough.
 
     Args:
         trials: one set of refined candidates per direction.
@@ -133,7 +134,7 @@ def elect(trials: list[Candidates], directions: Tensor) -> Tensor:
     Returns:
         (m', D) float32, unit length, 1 ≤ m' ≤ m, hardest push first.
     """
-    elected = []
+    elected: list[tuple[bool, float, Tensor, Tensor]] = []
     for found, direction in zip(trials, directions, strict=True):
         push = found.flips.shift - found.flips.shift.mean(dim=0)
         along = found.flips.shift @ direction
@@ -142,12 +143,22 @@ def elect(trials: list[Candidates], directions: Tensor) -> Tensor:
         supporters = leaders[alike[int(alike.sum(dim=1).argmax())]]
         recurs = len(supporters) >= FEWEST_SUPPORTERS
         better = F.normalize(push[supporters if recurs else leaders].mean(dim=0), dim=0)
-        elected.append((recurs, float(along[leaders].mean()), better))
+        elected.append((recurs, float(along[leaders].mean()), better, found.patches[supporters]))
     elected.sort(key=lambda e: e[:2], reverse=True)
     strongest = elected[0][1]
-    return torch.stack(
-        [better for recurs, push, better in elected if recurs and push >= strongest / 3] or [elected[0][2]]
-    )
+    kept: list[Tensor] = []
+    patterns: list[Tensor] = []
+    for recurs, along_it, better, pattern in elected:
+        if recurs and along_it >= strongest / 3 and not any(_one_pattern(pattern, p) for p in patterns):
+            kept.append(better)
+            patterns.append(pattern)
+    return torch.stack(kept or [elected[0][2]])
+
+
+def _one_pattern(windows: Tensor, others: Tensor) -> bool:
+    """Whether most of these windows show what some of the others show."""
+    alike = patch_similarity(torch.cat((windows, others)), least=SAME_PATTERN) >= SAME_PATTERN
+    return bool(alike[: len(windows), len(windows) :].any(dim=1).float().mean() > 0.5)
 
 
 def directed_scores(candidates: Candidates, directions: Tensor) -> Tensor:
