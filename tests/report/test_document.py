@@ -28,6 +28,16 @@ def test_a_poisoned_set_is_told_with_trigger_and_numbers():
     assert {fact.name: fact.value for fact in report.settings}["n_flips"] == "not set"
 
 
+@pytest.mark.parametrize(
+    ("n_unscored", "detail"), [(25, "the rest through their cluster"), (0, "all that could be read")]
+)
+def test_the_rest_is_only_named_where_there_is_one(n_unscored, detail):
+    result = fake_result("no_evidence")
+    result.summary["n_unscored"] = n_unscored
+    facts = {fact.name: fact for fact in make_report(result, location="x").key_figures}
+    assert facts["examined one by one"].note == detail
+
+
 def test_a_trigger_says_how_its_images_lie_where_that_is_known():
     result = fake_result("poisoned")
     (aimed,) = [fact for fact in make_report(result).triggers[0].facts if fact.name == "aimed"]

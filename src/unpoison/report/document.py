@@ -443,13 +443,14 @@ def _next_steps(result: ScanResult, location: str, run: str) -> tuple[Step, ...]
 
 
 def _key_figures(summary: Mapping[str, Any], n_flagged: int) -> tuple[Fact, ...]:
+    rest = "the rest through their cluster" if summary.get("n_unscored") else "all that could be read"
     figures = [
         Fact(
             "images",
             _count(summary.get("n_images")),
             f"{_count(summary.get('n_skipped', 0))} could not be read",
         ),
-        Fact("examined one by one", _count(summary.get("n_scored")), "the rest through their cluster"),
+        Fact("examined one by one", _count(summary.get("n_scored")), rest),
         Fact("flagged", _count(n_flagged), "on the list to remove"),
     ]
     if _number(summary.get("p_value")):
