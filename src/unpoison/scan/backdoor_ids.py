@@ -83,7 +83,7 @@ class BackdoorIds:
         Returns:
             (N,) float32 in [0, 2]: a cosine distance; 0 where no radius gives two clusters.
         """
-        pictures = images.cpu()
+        pictures = images.to(self.encoder.device)
         side = images.shape[-1]
         shuffle = torch.randperm(
             side**2, generator=stage_generator(self.config.seed, "scan/backdoor-ids/cover")
@@ -91,7 +91,7 @@ class BackdoorIds:
         cover = pictures.flatten(2)[:, :, shuffle].view_as(pictures)
         best = torch.zeros(len(images))
         for order in range(self.config.orders):
-            hidden = self._masks(side, order)
+            hidden = self._masks(side, order).to(self.encoder.device)
             sequence = [self.encoder.features(torch.where(mask, cover, pictures)).cpu() for mask in hidden]
             best = torch.maximum(best, splitting_radius(torch.stack(sequence, dim=1), self.config.least))
         return best
