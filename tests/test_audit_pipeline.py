@@ -14,6 +14,7 @@ from unpoison.audit_pipeline import audit, load_audit
 from unpoison.encoders.encoder import Encoder
 from unpoison.errors import ConfigError, DataError, NoVerdictError
 from unpoison.records import Box
+from unpoison.report.audit_page import audit_as_text, make_audit_report
 from unpoison.report.schemas import SCHEMAS
 from unpoison.runtime import silent
 
@@ -65,10 +66,24 @@ def test_without_a_reference_the_figures_stand_alone(run):
     assert Box(**summary["box"]).intersection(BOX) > 0
     assert summary["n_images"] == summary["n_searched"] + summary["n_held_out"] == 64
     # Features of all 64 once, the collapse of both parts; forward and backward 49 windows with 8 steps of 13 images,
-    # and steps of 24; the trigger's effect.
-    steps = summary["starts"][0]["steps"]
+    # and steps of 24; as many for the whole trigger and 24 steps of the patch before; the trigger's effect.
+    steps = summary["starts"][0]["steps"] + summary["extent"]["steps"] + 24
     before_clusters = 64 + 48 + 16 + 3 * 49 * 8 * 13 + 3 * 24 * steps + 16
     assert summary["encoder_passes"] == before_clusters and summary["second_opinion"] is None
+
+
+def test_a_small_mask_is_shown_as_the_whole_trigger_and_judged_as_it_is(run):
+    result = load_audit(run)
+    start, extent = result.summary["starts"][0], result.summary["extent"]
+    assert result.mask_share == start["mask_share"] < extent["mask_share"]
+    assert result.found.mask_share == pytest.approx(extent["mask_share"])
+    assert "whole trigger" in audit_as_text(make_audit_report(result))
+    # Published, or not small, or with nothing behind it: the smallest mask is all there is.
+    for encoder, config in (
+        (toy(), DecreeConfig(faithful=True)),
+        (toy(0.0), replace(QUICK, steps=40)),
+    ):
+        assert audit(encoder, IMAGES, config=config).summary["extent"] is None
 
 
 def test_a_second_opinion_is_given_when_asked_for():

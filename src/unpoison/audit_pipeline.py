@@ -1,7 +1,7 @@
 """The story of an audit: what happens to an encoder on the way to a verdict, one call per stage.
 
-images → own collapse → a patch at each place → starts at the best → the smallest mask → its collapse on other images
-→ rank among clean encoders; beside it, what every cluster needs
+images → own collapse → a patch at each place → starts at the best → the smallest mask → how far its trigger reaches
+→ its collapse on other images → rank among clean encoders; beside it, what every cluster needs
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from unpoison.audit.decree import (
     own_collapse,
     scout,
     too_few,
+    whole_trigger,
 )
 from unpoison.audit.reference import (
     Conditions,
@@ -345,6 +346,7 @@ class _Searched:
     Attributes:
         tried: one per start, at the gain that the verdict rests on.
         relaxed: the best start at the relaxed gain; None when it was not needed.
+        extent: the whole trigger of a small mask; None where that is the mask itself.
         found: the trigger to show.
         before, after: mean cosine of the held-out images without and with it.
         n_searched: images that it was searched on.
@@ -355,6 +357,7 @@ class _Searched:
 
     tried: tuple[Inversion, ...]
     relaxed: Inversion | None
+    extent: Inversion | None
     found: Inversion
     before: float
     after: float
@@ -449,12 +452,37 @@ def _search(
         """One per place; those that an end of the time leaves no step for are left out."""
         return tuple(start(name, number, gain) for number in range(len(places)) if left() > 0)
 
+    def reach(windows: Windows, place: int) -> Inversion | None:
+        """The whole trigger at a place, if there is more of it than the smallest mask."""
+        until = time.perf_counter() + left()
+
+        def compute() -> dict[str, Tensor]:
+            found = whole_trigger(
+                encoder,
+                searched,
+                config,
+                clean_collapse=float(clean["searched"]),
+                start=(windows, place),
+                generator=stage_generator(seed, "audit/extent"),
+                time_is_over=lambda: time.perf_counter() >= until,
+                progress=progress,
+            )
+            return {} if found is None else _as_tensors(found)
+
+        tensors = run.stage("extent", compute, passes=passes)
+        return _as_inversion(tensors) if tensors else None
+
     tried = starts("start", config.gain)
     cut_short = len(tried) < len(places) or any(one.cut_short for one in tried)
     found, relaxed = _best(tried), None
     if not found.reached and not config.faithful and (looked := starts("relaxed", config.relaxed_gain)):
         relaxed = _best(looked)
         found = relaxed if relaxed.reached else found
+    extent = None
+    if windows is not None and found.reached and relaxed is None and found.mask_share < PAPER_THRESHOLD:
+        place = windows.best(config.restarts)[tried.index(found)]
+        extent = reach(windows, place) if left() > 0 else None
+        found = extent or found
     after = run.stage("measure", lambda: measure(found.mask, found.pattern), passes=passes)
     needed = None
     if second_opinion and windows is not None:
@@ -462,6 +490,7 @@ def _search(
     return _Searched(
         tried=tried,
         relaxed=relaxed,
+        extent=extent,
         found=found,
         before=float(clean["collapse"]),
         after=float(after["collapse"]),
@@ -557,6 +586,13 @@ def _answer(
         "relaxed": None
         if relaxed is None
         else {"gain": config.relaxed_gain, "reached": relaxed.reached, "mask_share": relaxed.mask_share},
+        "extent": None
+        if searched.extent is None
+        else {
+            "mask_share": searched.extent.mask_share,
+            "collapse": searched.extent.collapse,
+            "steps": len(searched.extent.curve),
+        },
         "box": None if box is None else asdict(box),
         "image": "trigger.png",
         "starts": [

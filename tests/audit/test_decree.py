@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -14,6 +16,7 @@ from unpoison.audit.decree import (
     mean_pairwise_cosine,
     own_collapse,
     scout,
+    whole_trigger,
 )
 from unpoison.errors import ConfigError, NoVerdictError
 from unpoison.records import Box
@@ -75,6 +78,38 @@ def test_the_windows_over_the_trigger_collapse_the_features_most():
     inside = start.mask[top : top + 4, left : left + 4]
     assert inside.mean() > 0.85 and (start.mask.sum() - inside.sum()) / (SIZE**2 - 16) < 0.03
     assert torch.allclose(start.pattern[:, top : top + 4, left : left + 4], found.patterns[best], atol=1e-3)
+
+
+def test_the_whole_trigger_is_what_a_patch_at_its_place_can_do():
+    encoder = toy()
+    own = own_collapse(encoder, IMAGES)
+    windows = scout(encoder, IMAGES, QUICK, generator=stage_generator(0, "test"))
+    start = (windows, windows.best(1)[0])
+
+    def reach(encoder, config=QUICK):
+        return whole_trigger(
+            encoder,
+            IMAGES,
+            config,
+            clean_collapse=own,
+            start=start,
+            generator=stage_generator(0, "test"),
+        )
+
+    smallest, whole = search(encoder, start=start), reach(encoder)
+    assert whole is not None and whole.reached
+    assert whole.mask_share > smallest.mask_share and whole.collapse > smallest.collapse
+    truth = torch.zeros_like(whole.mask, dtype=torch.bool)
+    truth[BOX.y : BOX.y + BOX.h, BOX.x : BOX.x + BOX.w] = True
+
+    def overlap(found):
+        return float(((found.mask > 0.5) & truth).sum() / ((found.mask > 0.5) | truth).sum())
+
+    assert overlap(whole) > max(0.3, overlap(smallest))
+    # Where a patch does less than is asked of the smallest mask, there is no more to show.
+    assert reach(toy(0.0)) is None
+    # A mask that reaches as much was not found in time.
+    assert reach(encoder, replace(QUICK, steps=1)) is None
 
 
 def test_the_best_windows_lie_apart():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from unpoison.audit.decree import DecreeConfig, passes_of_scout, passes_of_start
+from unpoison.audit.decree import DecreeConfig, passes_of_extent, passes_of_scout, passes_of_start
 from unpoison.audit.ssl_cleanse import SslCleanseConfig, passes_of_cleanse
 from unpoison.records import Cost, StageCost
 
@@ -12,8 +12,9 @@ __all__ = ["audit_cost"]
 def audit_cost(config: DecreeConfig, n_images: int, image_size: int, *, second_opinion: bool = False) -> Cost:
     """The cost of an audit. A step, forward and backward, counts as three passes.
 
-    `expected` reaches the collapse, and takes every step for the smallest mask; `most` never reaches it, and looks
-    again at the relaxed gain. Patience may end a start earlier.
+    `expected` reaches the collapse with a small mask, takes every step for the smallest, and every step for its whole
+    extent; `most` reaches it nowhere, and looks again at the relaxed gain, which rules the former out. Patience may end
+    a start earlier.
 
     Args:
         config: how hard to look.
@@ -29,11 +30,12 @@ def audit_cost(config: DecreeConfig, n_images: int, image_size: int, *, second_o
     if config.faithful:
         stages.append(StageCost("start", start, start))
     else:
-        starts = config.restarts * start
+        starts, extent = config.restarts * start, passes_of_extent(config, searched, image_size)
         stages += [
             StageCost("scout", scouting, scouting),
             StageCost("start", starts, starts),
             StageCost("relaxed", 0, starts),
+            StageCost("extent", extent, extent),
         ]
     stages.append(StageCost("measure", held_out, held_out))
     if second_opinion:

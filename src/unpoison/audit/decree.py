@@ -38,11 +38,13 @@ __all__ = [
     "invert",
     "mean_pairwise_cosine",
     "own_collapse",
+    "passes_of_extent",
     "passes_of_scout",
     "passes_of_start",
     "scout",
     "smallest_trigger",
     "too_few",
+    "whole_trigger",
 ]
 
 FORWARD_AND_BACKWARD = 3
@@ -59,6 +61,8 @@ _BETAS = (0.5, 0.9)  # of Adam
 # Of the windows: side, as a share of the image's; rate of their patterns; batches over which the collapse is averaged.
 _WINDOW, _SCOUT_RATE, _LAST = 1 / 4, 0.5, 3
 _INSIDE, _OUTSIDE = 1.1, -2.0  # where a start's mask is 0.9, and 0.02
+# Of the patch that a whole trigger is measured by: steps, and batches over which its collapse is averaged.
+_FITTED, _LAST_FITTED = 24, 8
 
 
 Goal = Callable[[Tensor], tuple[Tensor, bool]]
@@ -206,22 +210,104 @@ def scout(
     """
     corners, side = _corners(images.shape[-1])
     patterns, collapse = [], []
-    for number, (top, left) in enumerate(corners.tolist()):
-        logits = _random_logits((3, side, side), generator).to(encoder.device).requires_grad_()
-        optimiser = torch.optim.Adam([logits], lr=_SCOUT_RATE, betas=_BETAS)
-        reached = []
-        for _ in range(config.scout_steps):
-            rows = torch.randperm(len(images), generator=generator)[: _scouted(config)]
-            stamped = images[rows].to(encoder.device).float() / 255
-            stamped[:, :, top : top + side, left : left + side] = torch.sigmoid(2 * logits)
-            value = _collapse(_units(encoder, stamped))
-            (logits.grad,) = torch.autograd.grad(-value, [logits])
-            reached.append(float(value.detach()))
-            optimiser.step()
-        patterns.append(torch.sigmoid(2 * logits).detach().float().cpu())
+    for number, corner in enumerate(corners):
+        logits = _random_logits((3, side, side), generator)
+        pattern, reached = _fit(
+            encoder, images, corner, logits, _scouted(config), config.scout_steps, generator=generator
+        )
+        patterns.append(pattern)
         collapse.append(sum(reached[-_LAST:]) / len(reached[-_LAST:]))
         progress(stage, number + 1, len(corners))
     return Windows(corners, torch.stack(patterns), torch.tensor(collapse))
+
+
+def _fit(
+    encoder: Encoder,
+    images: Tensor,
+    corner: Tensor,
+    logits: Tensor,
+    batch_size: int,
+    steps: int,
+    *,
+    generator: torch.Generator,
+) -> tuple[Tensor, list[float]]:
+    """Steps on the pattern of an opaque patch, (3, w, w), and the collapse of each batch before its step."""
+    top, left = corner.tolist()
+    side = logits.shape[-1]
+    logits = logits.to(encoder.device).requires_grad_()
+    optimiser = torch.optim.Adam([logits], lr=_SCOUT_RATE, betas=_BETAS)
+    reached = []
+    for _ in range(steps):
+        rows = torch.randperm(len(images), generator=generator)[:batch_size]
+        stamped = images[rows].to(encoder.device).float() / 255
+        stamped[:, :, top : top + side, left : left + side] = torch.sigmoid(2 * logits)
+        value = _collapse(_units(encoder, stamped))
+        (logits.grad,) = torch.autograd.grad(-value, [logits])
+        reached.append(float(value.detach()))
+        optimiser.step()
+    return torch.sigmoid(2 * logits).detach().float().cpu(), reached
+
+
+def whole_trigger(
+    encoder: Encoder,
+    images: Tensor,
+    config: DecreeConfig,
+    *,
+    clean_collapse: float,
+    start: tuple[Windows, int],
+    generator: torch.Generator,
+    time_is_over: TimeIsOver = _never,
+    stage: str = "extent",
+    progress: Progress = silent,
+) -> Inversion | None:
+    """How far a trigger reaches: the smallest mask that does all that an opaque patch at its place can.
+
+    A strong backdoor makes images alike by a few pixels of its trigger, so that the smallest mask tells it from clean
+    encoders, but shows a part of it. How much the whole does differs from encoder to encoder; a patch of a quarter of
+    the side, fitted to this one, says it without knowing the trigger.
+
+    Args:
+        encoder: see `invert`, as for all that is not named here.
+        images: likewise.
+        config: likewise.
+        clean_collapse: likewise.
+        start: windows and the number of the one from which the smallest mask came.
+        generator: likewise.
+        time_is_over: likewise.
+        stage: likewise.
+        progress: likewise.
+
+    Returns:
+        None where the patch does no more than `config.gain` asks, so that the smallest mask is the whole, or where no
+        mask does as much.
+    """
+    windows, number = start
+    pattern, reached = _fit(
+        encoder,
+        images,
+        windows.corners[number],
+        _logits(windows.patterns[number]),
+        config.batch_size,
+        _FITTED,
+        generator=generator,
+    )
+    fitted = sum(reached[-_LAST_FITTED:]) / _LAST_FITTED
+    gain = (fitted - clean_collapse) / (1 - clean_collapse)
+    if gain <= config.gain:
+        return None
+    found = invert(
+        encoder,
+        images,
+        config,
+        clean_collapse=clean_collapse,
+        generator=generator,
+        gain=gain,
+        start=(Windows(windows.corners[[number]], pattern[None], torch.tensor([fitted])), 0),
+        time_is_over=time_is_over,
+        stage=stage,
+        progress=progress,
+    )
+    return found if found.reached else None
 
 
 def invert(
@@ -323,6 +409,12 @@ def passes_of_scout(config: DecreeConfig, count: int, size: int) -> tuple[int, i
     """What `scout` takes with so many images of a size: how many windows, and passes in all."""
     windows = len(_corners(size)[0])
     return windows, windows * config.scout_steps * FORWARD_AND_BACKWARD * min(_scouted(config), count)
+
+
+def passes_of_extent(config: DecreeConfig, count: int, size: int) -> int:
+    """The most that `whole_trigger` takes with so many images of a size."""
+    fitting = _FITTED * FORWARD_AND_BACKWARD * min(config.batch_size, count)
+    return fitting + passes_of_start(config, count, size)
 
 
 def passes_of_start(config: DecreeConfig, count: int, size: int) -> int:

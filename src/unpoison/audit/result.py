@@ -19,8 +19,8 @@ class AuditResult:
 
     Attributes:
         verdict: `poisoned`, `no_evidence` or `inconclusive`; without a reference always the last.
-        found: the trigger of the best start: the smallest mask that collapses the features as wanted, else, of the
-            relaxed search, or of the largest collapse.
+        found: the trigger of the best start: the smallest mask that collapses the features as wanted, or where that is
+            a part of a stronger trigger, the whole of it; else, of the relaxed search, or of the largest collapse.
         examples: (E, 3, S, S) uint8, clean images that were not searched with.
         stamped: (E, 3, S, S) uint8, the same with the trigger.
         reference_shares: mask shares of the clean encoders it was compared with, ascending; may be empty.

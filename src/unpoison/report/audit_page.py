@@ -238,6 +238,15 @@ def _key_figures(result: AuditResult) -> tuple[Fact, ...]:
             f"rank among {len(result.reference_shares)} clean encoders",
         ),
     ]
+    extent = summary.get("extent")  # runs of earlier versions have none
+    if extent is not None:
+        figures.append(
+            Fact(
+                "whole trigger",
+                _percent(extent["mask_share"]),
+                "of the image: the smallest mask that does all that an opaque patch there can; it is the one shown",
+            )
+        )
     relaxed = summary["relaxed"]
     if relaxed is not None:
         figures.append(
