@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -78,12 +79,37 @@ def test_a_small_mask_is_shown_as_the_whole_trigger_and_judged_as_it_is(run):
     assert result.mask_share == start["mask_share"] < extent["mask_share"]
     assert result.found.mask_share == pytest.approx(extent["mask_share"])
     assert "whole trigger" in audit_as_text(make_audit_report(result))
-    # Published, or not small, or with nothing behind it: the smallest mask is all there is.
+    # Published, or where no patch does as much: the smallest mask is all there is.
     for encoder, config in (
         (toy(), DecreeConfig(faithful=True)),
         (toy(0.0), replace(QUICK, steps=40)),
     ):
         assert audit(encoder, IMAGES, config=config).summary["extent"] is None
+
+
+def test_a_run_of_an_earlier_version_is_shown_and_measured_with_its_whole_trigger(run, tmp_path):
+    old = tmp_path / "run"
+    shutil.copytree(run, old)
+    (stage,) = (old / "cache").glob("extent*")
+    (measured,) = (old / "cache").glob("measure-extent*")
+    stage.unlink()
+    measured.rename(measured.with_name(measured.name.replace("measure-extent", "measure")))
+    encoder = toy()
+    result = audit(encoder, IMAGES, config=QUICK, out=old)
+    assert torch.equal(result.found.mask, load_audit(run).found.mask)
+    # The fit, the search, and the effect of what it found, which the earlier run had not measured.
+    steps = 24 + result.summary["extent"]["steps"]
+    assert encoder.images_shown == 3 * 24 * steps + 16
+    assert result.summary["collapse_after"] == load_audit(run).summary["collapse_after"]
+
+
+def test_an_extent_is_left_out_when_the_time_is_over(monkeypatch):
+    config = replace(QUICK, steps=20)
+    encoder = by_passes(monkeypatch, toy())
+    said = audit(encoder, IMAGES, config=config, max_seconds=LOOKED + 30 * STEP).summary
+    # Twenty steps of the start and ten of the patch; measuring comes after, as ever.
+    assert said["starts"][0]["steps"] == 20 and said["extent"] is None and not said["cut_short"]
+    assert encoder.images_shown == pytest.approx(1000 * (LOOKED + 30 * STEP) + 16, abs=2 * 1000 * STEP)
 
 
 def test_a_second_opinion_is_given_when_asked_for():

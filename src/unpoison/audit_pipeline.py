@@ -424,11 +424,10 @@ def _search(
         progress(stage, done, total)
 
     windows = None if config.faithful else _scout(encoder, searched, config, run, seed, looking)
-    places = [None] if windows is None else windows.best(config.restarts)
+    places = [None] if windows is None else [(windows, number) for number in windows.best(config.restarts)]
     some_left()
 
     def start(name: str, number: int, gain: float) -> Inversion:
-        place = places[number]
         until = time.perf_counter() + left() / (len(places) - number)
 
         def compute() -> dict[str, Tensor]:
@@ -439,7 +438,7 @@ def _search(
                 clean_collapse=float(clean["searched"]),
                 generator=stage_generator(seed, f"audit/{name}-{number}"),
                 gain=gain,
-                start=None if windows is None or place is None else (windows, place),
+                start=places[number],
                 time_is_over=lambda: time.perf_counter() >= until,
                 stage=f"{name} {number + 1} of {len(places)}",
                 progress=progress,
@@ -452,8 +451,10 @@ def _search(
         """One per place; those that an end of the time leaves no step for are left out."""
         return tuple(start(name, number, gain) for number in range(len(places)) if left() > 0)
 
-    def reach(windows: Windows, place: int) -> Inversion | None:
-        """The whole trigger at a place, if there is more of it than the smallest mask."""
+    def reach(place: tuple[Windows, int]) -> Inversion | None:
+        """The whole trigger at a place, if there is more of it than the smallest mask, and time."""
+        if left() <= 0:
+            return None
         until = time.perf_counter() + left()
 
         def compute() -> dict[str, Tensor]:
@@ -462,7 +463,7 @@ def _search(
                 searched,
                 config,
                 clean_collapse=float(clean["searched"]),
-                start=(windows, place),
+                start=place,
                 generator=stage_generator(seed, "audit/extent"),
                 time_is_over=lambda: time.perf_counter() >= until,
                 progress=progress,
@@ -478,12 +479,13 @@ def _search(
     if not found.reached and not config.faithful and (looked := starts("relaxed", config.relaxed_gain)):
         relaxed = _best(looked)
         found = relaxed if relaxed.reached else found
-    extent = None
-    if windows is not None and found.reached and relaxed is None and found.mask_share < PAPER_THRESHOLD:
-        place = windows.best(config.restarts)[tried.index(found)]
-        extent = reach(windows, place) if left() > 0 else None
+    extent, place = None, places[tried.index(found)] if found in tried else None
+    if place is not None and found.reached:
+        extent = reach(place)
         found = extent or found
-    after = run.stage("measure", lambda: measure(found.mask, found.pattern), passes=passes)
+    # By another name, for a run of an earlier version may have measured the smallest mask.
+    measured = "measure" if extent is None else "measure-extent"
+    after = run.stage(measured, lambda: measure(found.mask, found.pattern), passes=passes)
     needed = None
     if second_opinion and windows is not None:
         needed = _cleanse(encoder, searched, windows, run, seed, progress)

@@ -12,9 +12,9 @@ __all__ = ["audit_cost"]
 def audit_cost(config: DecreeConfig, n_images: int, image_size: int, *, second_opinion: bool = False) -> Cost:
     """The cost of an audit. A step, forward and backward, counts as three passes.
 
-    `expected` reaches the collapse with a small mask, takes every step for the smallest, and every step for its whole
-    extent; `most` reaches it nowhere, and looks again at the relaxed gain, which rules the former out. Patience may end
-    a start earlier.
+    `expected` reaches the collapse, takes every step for the smallest mask, and every step for the whole extent of its
+    trigger; `most` never reaches it, and looks again at the relaxed gain instead, if that is dearer. Patience may end a
+    start earlier.
 
     Args:
         config: how hard to look.
@@ -34,8 +34,7 @@ def audit_cost(config: DecreeConfig, n_images: int, image_size: int, *, second_o
         stages += [
             StageCost("scout", scouting, scouting),
             StageCost("start", starts, starts),
-            StageCost("relaxed", 0, starts),
-            StageCost("extent", extent, extent),
+            StageCost("extent or relaxed", extent, max(extent, starts)),
         ]
     stages.append(StageCost("measure", held_out, held_out))
     if second_opinion:

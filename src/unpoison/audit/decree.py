@@ -230,8 +230,12 @@ def _fit(
     steps: int,
     *,
     generator: torch.Generator,
+    time_is_over: TimeIsOver = _never,
 ) -> tuple[Tensor, list[float]]:
-    """Steps on the pattern of an opaque patch, (3, w, w), and the collapse of each batch before its step."""
+    """Steps on the pattern of an opaque patch, (3, w, w), and the collapse of each batch before its step.
+
+    Fewer steps where the time was over before.
+    """
     top, left = corner.tolist()
     side = logits.shape[-1]
     logits = logits.to(encoder.device).requires_grad_()
@@ -245,6 +249,8 @@ def _fit(
         (logits.grad,) = torch.autograd.grad(-value, [logits])
         reached.append(float(value.detach()))
         optimiser.step()
+        if time_is_over():
+            break
     return torch.sigmoid(2 * logits).detach().float().cpu(), reached
 
 
@@ -278,8 +284,8 @@ def whole_trigger(
         progress: likewise.
 
     Returns:
-        None where the patch does no more than `config.gain` asks, so that the smallest mask is the whole, or where no
-        mask does as much.
+        None where the patch does no more than `config.gain` asks, so that the smallest mask is the whole; where no mask
+        does as much; or where the time was over before.
     """
     windows, number = start
     pattern, reached = _fit(
@@ -290,7 +296,10 @@ def whole_trigger(
         config.batch_size,
         _FITTED,
         generator=generator,
+        time_is_over=time_is_over,
     )
+    if len(reached) < _FITTED:
+        return None
     fitted = sum(reached[-_LAST_FITTED:]) / _LAST_FITTED
     gain = (fitted - clean_collapse) / (1 - clean_collapse)
     if gain <= config.gain:

@@ -335,7 +335,7 @@ _AUDIT = _object(
         "extent": _said(
             ["object", "null"],
             "mask_share, collapse and steps of the whole trigger, which picture and box then show; null where the "
-            "smallest mask is all of it, or is not small.",
+            "smallest mask is all of it.",
         ),
         "box": _said(["object", "null"], "x, y, w, h of where most of the mask lies, encoder-input pixels."),
         "image": _said("string", "Picture, relative to the run folder."),
