@@ -140,7 +140,9 @@ def _why_refused(path: Path, error: Exception) -> str:
         if names:
             shown = ", ".join(printable(name) for name in names[:3]) + (", …" if len(names) > 3 else "")
             return f"{meaning} (imports {shown}); ask for its weights as .safetensors"
-    return f"not a readable weights file ({first_line(error)})"
+    # By its kind, too: the unpickler's own words are often a bare number.
+    said = f"{type(error).__name__}: {first_line(error)}"
+    return f"not a readable weights file ({said}); expected .safetensors, or weights saved by torch.save"
 
 
 @contextlib.contextmanager
