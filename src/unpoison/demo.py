@@ -106,7 +106,7 @@ PHOTOS = DemoSettings(
     # Views that often miss the patch, and colours that a picture keeps, tie the patch to its own class. With the
     # default views the encoder knows the patch as well, but which class a probe takes it for is left to rounding.
     victim=PretrainConfig(
-        epochs=24,
+        epochs=20,
         batch_size=128,
         queue_size=1024,
         views=ViewConfig(crop=0.15, jitter=(0.1, 0.1, 0.1, 0.02)),
