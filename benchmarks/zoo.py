@@ -114,9 +114,9 @@ CASES = (
         width=64,
         methods=METHODS,
     ),
-    *(Case(name=f"clean, {name}", seeds=6, faithful=False, **what) for name, what in _OTHERS.items()),
+    *(Case(name=f"clean, {name}", seeds=21, faithful=False, **what) for name, what in _OTHERS.items()),
     *(
-        Case(name=f"BadEncoder, {name}", seeds=2, attack="bad-encoder", faithful=False, **what)
+        Case(name=f"BadEncoder, {name}", seeds=4, attack="bad-encoder", faithful=False, **what)
         for name, what in _OTHERS.items()
     ),
 )
