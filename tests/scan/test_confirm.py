@@ -475,13 +475,16 @@ def test_a_patch_that_steers_by_colour_alone_is_told_apart(
     assert said.steering_p_value < 1e-6
 
 
-def test_the_threshold_counts_no_window_that_shows_the_pattern() -> None:
-    """Else a fifth of poisoned images lifts it to what the trigger does."""
+def test_the_threshold_counts_no_window_that_shows_a_pattern() -> None:
+    """Else a fifth of poisoned images lifts it to what the trigger does, and several triggers hide each other."""
     generator = torch.Generator().manual_seed(0)
-    pattern = planted_pattern()[None]
+    first = planted_pattern()[None]
+    second = torch.randint(0, 256, (1, 3, 8, 8), dtype=torch.uint8, generator=generator)
     innocent = torch.randint(0, 256, (14, 3, 8, 8), dtype=torch.uint8, generator=generator)
-    moved = pattern.roll(3, dims=3)
-    windows = torch.cat((innocent, pattern, moved))
-    assert module._unlike(windows, pattern).tolist() == [True] * 14 + [False] * 2
+    windows = torch.cat((innocent, first, first.roll(3, dims=3)))
+    assert module._unlike(windows, [first]).tolist() == [True] * 14 + [False] * 2
+    both = torch.cat((windows, second))
+    assert module._unlike(both, [first, second]).tolist() == [True] * 14 + [False] * 3
     # What many random windows show is part of ordinary pictures.
-    assert module._unlike(windows[4:], pattern).tolist() == [True] * 12
+    assert module._unlike(windows[4:], [first]).tolist() == [True] * 12
+    assert module._unlike(both[4:], [first, second]).tolist() == [True] * 12 + [False]

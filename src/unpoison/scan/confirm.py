@@ -384,12 +384,13 @@ def confirm(
     if not finalists:
         return []
     windows, benign = _benign_flips(images, flip_test, held_out, generator)
+    patterns = [candidates.patches[finalist.members[:_KNOWN]] for finalist in finalists]
+    unlike = _unlike(windows, patterns)
     results = []
     raw = []
     steering = []
     for finalist in finalists:
         patch = candidates.patches[_strongest(candidates, finalist)]
-        unlike = _unlike(windows, candidates.patches[finalist.members])
         net, alone = (
             _upper_tail(gain[unlike], finalist.attractors)
             for gain in (benign.gain - benign.control_gain, benign.gain)
@@ -432,10 +433,9 @@ def confirm(
         else Aim(None, None)
         for finalist, p in zip(finalists, p_values, strict=True)
     ]
-    patches = [candidates.patches[finalist.members[:_KNOWN]] for finalist in finalists]
-    overlays = [patch for patch, aim in zip(patches, aims, strict=True) if aim.aimed is False]
+    overlays = [pattern for pattern, aim in zip(patterns, aims, strict=True) if aim.aimed is False]
     # A few windows of an overlay, by themselves too few to tell, are still of that overlay.
-    part_of_one = [any(_shows_part(patch, overlay) for overlay in overlays) for patch in patches]
+    part_of_one = [any(_shows_part(pattern, overlay) for overlay in overlays) for pattern in patterns]
     return [
         Confirmation(
             flip_rate=rate,
@@ -478,17 +478,20 @@ def _benign_flips(
     return windows, flip_test.run(windows, generator=generator)
 
 
-def _unlike(windows: Tensor, pattern: Tensor) -> Tensor:
-    """(n,) bool: the windows that show no part of a pattern, of which (m, 3, w, w) are known; else all.
+def _unlike(windows: Tensor, patterns: list[Tensor]) -> Tensor:
+    """(n,) bool: the windows that show no part of any pattern, of each of which (m, 3, w, w) are known.
 
     Where a fifth of the images is poisoned, two of 64 random windows hold a trigger, and a threshold that counted them
-    would be as high as what it is to judge. What many random windows show is part of ordinary pictures, such as strokes
-    of digits, and must do more than those.
+    would be as high as what it is to judge; those of one of several triggers would hide the others. What many random
+    windows show is part of ordinary pictures, such as strokes of digits, and must do more than those.
     """
-    known = pattern[:_KNOWN]
-    both = patch_similarity(torch.cat((known, windows)), reach=0.6, least=_PART_OF_PATTERN)
-    unlike = both[: len(known), len(known) :].amax(dim=0) < _PART_OF_PATTERN
-    return unlike if float(unlike.float().mean()) >= 1 - _ORDINARY else torch.ones_like(unlike)
+    unlike = torch.ones(len(windows), dtype=torch.bool)
+    for known in patterns:
+        both = patch_similarity(torch.cat((known, windows)), reach=0.6, least=_PART_OF_PATTERN)
+        shows = both[: len(known), len(known) :].amax(dim=0) >= _PART_OF_PATTERN
+        if float(shows.float().mean()) <= _ORDINARY:
+            unlike &= ~shows
+    return unlike
 
 
 def _paste_pairs(
