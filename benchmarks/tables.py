@@ -18,6 +18,8 @@ import false_alarms
 import growth
 import masks
 import power
+import pretrain_speed
+import pretraining
 import spectral_dct
 import throughput
 import zoo
@@ -39,6 +41,8 @@ TABLES = {
     "detectors": detectors.table,
     "spectral_dct": spectral_dct.table,
     "throughput": throughput.table,
+    "pretrain_speed": pretrain_speed.table,
+    "pretraining": pretraining.table,
     "zoo": zoo.table,
 }
 

@@ -61,8 +61,10 @@ _BETAS = (0.5, 0.9)  # of Adam
 # Of the windows: side, as a share of the image's; rate of their patterns; batches over which the collapse is averaged.
 _WINDOW, _SCOUT_RATE, _LAST = 1 / 4, 0.5, 3
 _INSIDE, _OUTSIDE = 1.1, -2.0  # where a start's mask is 0.9, and 0.02
-# Of the patch that a whole trigger is measured by: steps, and batches over which its collapse is averaged.
-_FITTED, _LAST_FITTED = 24, 8
+# Of the patch that a whole trigger is measured by: side, as a share of the image's, larger than a trigger that means
+# to go unseen; steps, and batches over which its collapse is averaged.
+_PATCH, _FITTED, _LAST_FITTED = 3 / 8, 24, 8
+_SLACK = 1.1  # A mask, which is nowhere quite opaque, may leave so many times the difference that the patch leaves.
 
 
 Goal = Callable[[Tensor], tuple[Tensor, bool]]
@@ -269,8 +271,8 @@ def whole_trigger(
     """How far a trigger reaches: the smallest mask that does all that an opaque patch at its place can.
 
     A strong backdoor makes images alike by a few pixels of its trigger, so that the smallest mask tells it from clean
-    encoders, but shows a part of it. How much the whole does differs from encoder to encoder; a patch of a quarter of
-    the side, fitted to this one, says it without knowing the trigger.
+    encoders, but shows a part of it. How much the whole does differs from encoder to encoder; a patch of three
+    eighths of the side, fitted to this one, says it without knowing the trigger.
 
     Args:
         encoder: see `invert`, as for all that is not named here.
@@ -288,11 +290,15 @@ def whole_trigger(
         does as much; or where the time was over before.
     """
     windows, number = start
+    size, window = images.shape[-1], windows.patterns.shape[-1]
+    side = max(window, round(_PATCH * size))
+    corner = (windows.corners[number] + window // 2 - side // 2).clamp(0, size - side)
+    enlarged = F.interpolate(windows.patterns[number][None], size=(side, side))[0]
     pattern, reached = _fit(
         encoder,
         images,
-        windows.corners[number],
-        _logits(windows.patterns[number]),
+        corner,
+        _logits(enlarged),
         config.batch_size,
         _FITTED,
         generator=generator,
@@ -301,7 +307,7 @@ def whole_trigger(
     if len(reached) < _FITTED:
         return None
     fitted = sum(reached[-_LAST_FITTED:]) / _LAST_FITTED
-    gain = (fitted - clean_collapse) / (1 - clean_collapse)
+    gain = 1 - _SLACK * (1 - fitted) / (1 - clean_collapse)
     if gain <= config.gain:
         return None
     found = invert(
@@ -311,7 +317,7 @@ def whole_trigger(
         clean_collapse=clean_collapse,
         generator=generator,
         gain=gain,
-        start=(Windows(windows.corners[[number]], pattern[None], torch.tensor([fitted])), 0),
+        start=(Windows(corner[None], pattern[None], torch.tensor([fitted])), 0),
         time_is_over=time_is_over,
         stage=stage,
         progress=progress,
