@@ -204,6 +204,23 @@ def test_a_pattern_that_gains_nothing_over_its_control_is_none(gain: float, cont
     assert find_finalists(found, descending(5), images, nowhere(found)) == []
 
 
+def test_a_pattern_behind_a_crowd_of_another_is_seen() -> None:
+    """The strongest windows are all of one trigger, and all directions point its way."""
+    patches = noise(200, WINDOW, seed=2)
+    patches[:130] = planted_pattern(1)
+    patches[[140, 150, 160, 170, 180, 190]] = planted_pattern(2)
+    found, images = windows(patches)
+    finalists = find_finalists(found, descending(200), images, torch.tensor([[1.0, 0, 0, 0]]))
+    assert [len(f.members) for f in finalists] == [120, 6]
+    assert finalists[1].members.tolist() == [140, 150, 160, 170, 180, 190]
+    assert len(find_finalists(found, descending(200), images, nowhere(found), most=1)) == 1
+    # Where no pattern crowds the others out, the strongest windows are all that is compared.
+    patches[:130] = noise(130, WINDOW, seed=3)
+    patches[:50] = planted_pattern(1)
+    found, images = windows(patches)
+    assert [len(f.members) for f in find_finalists(found, descending(200), images, nowhere(found))] == [50]
+
+
 def test_several_patterns_the_most_frequent_first_and_no_more_than_asked() -> None:
     patches = noise(14, WINDOW, seed=2)
     patches[[0, 2, 4, 6, 8]] = planted_pattern(1)
@@ -228,9 +245,9 @@ def test_a_strong_trigger_does_not_crowd_out_a_weaker_one() -> None:
         torch.arange(180), torch.full((180,), 5), corners, crop_windows(stamped, corners, 10), flips
     )
     images = ImageSet(tuple(map(str, range(180))), stamped)
-    for directions, expected in ((torch.eye(12)[:1], [(0, 120)]), (torch.eye(12)[:2], [(0, 120), (1, 40)])):
-        finalists = find_finalists(found, gain.sum(dim=1), images, directions)
-        assert [(f.target_cluster, len(f.members)) for f in finalists] == expected
+    for known in range(3):  # directions: none, the strong trigger's, both
+        finalists = find_finalists(found, gain.sum(dim=1), images, torch.eye(12)[:known])
+        assert [(f.target_cluster, len(f.members)) for f in finalists] == [(0, 120), (1, 40)]
 
 
 def test_every_cluster_that_gains_a_quarter_attracts() -> None:

@@ -76,6 +76,9 @@ Nor would less be far from what clean data does, where the same pixels recur, as
 _KNOWN = 24
 """Members of a finalist whose pattern an innocent window must not show."""
 
+_AT_ONCE = 256
+"""Windows that are compared with a pattern at once, which bounds memory."""
+
 _PART_OF_PATTERN = 0.5
 """Normalised cross-correlation, at shifts of up to 0.6 of the side, from which a window shows a part of a pattern."""
 
@@ -194,11 +197,31 @@ def find_finalists(
             well, because one trigger's candidates may be more than all that are compared.
         most: finalists at the most; fewer lose less to the correction for many tests.
     """
-    order = scores.argsort(descending=True, stable=True)
-    strongest = torch.zeros(len(order), dtype=torch.bool)
+    free = torch.arange(len(candidates))
+    finalists: list[Finalist] = []
+    while len(finalists) < most and len(free) >= MIN_SOURCES:
+        found = _recurring(candidates, free, scores, images, directions)
+        # Where one trigger's windows are most of those compared, another's stand behind them. The directions are of the
+        # former, so that the others are ranked without.
+        crowds = [f for f in found if 2 * len(f.members) >= _COMPARED]
+        finalists += crowds or found
+        if not crowds:
+            break
+        for crowd in crowds:
+            free = free[~_show_part(candidates.patches[free], candidates.patches[crowd.members[:_KNOWN]])]
+        scores, directions = candidates.flips.score("concentrated", candidates.own), directions[:0]
+    return finalists[:most]
+
+
+def _recurring(
+    candidates: Candidates, free: Tensor, scores: Tensor, images: ImageSet, directions: Tensor
+) -> list[Finalist]:
+    """Patterns that recur among the strongest of these candidates, (m,) int64, most frequent first."""
+    order = free[scores[free].argsort(descending=True, stable=True)]
+    strongest = torch.zeros(len(candidates), dtype=torch.bool)
     strongest[order[:_COMPARED]] = True
-    for push in (candidates.flips.shift @ directions.T).T:
-        strongest[push.argsort(descending=True, stable=True)[:_COMPARED_ALONG]] = True
+    for push in (candidates.flips.shift[free] @ directions.T).T:
+        strongest[free[push.argsort(descending=True, stable=True)[:_COMPARED_ALONG]]] = True
     order = order[strongest[order]]
     alike = patch_similarity(candidates.patches[order], least=SAME_PATTERN) >= SAME_PATTERN
     copies = duplicate_images(images.pixels[candidates.rows[order]])
@@ -220,7 +243,7 @@ def find_finalists(
         homes = torch.bincount(candidates.own[chosen], minlength=len(gain)) >= _HOME * len(chosen)
         attractors = ((gain >= 0.25 * gain.max()) | homes).nonzero().flatten()
         finalists.append(Finalist(chosen, core, int(gain.argmax()), attractors))
-    return finalists[:most]
+    return finalists
 
 
 def find_benign_patterns(
@@ -264,7 +287,9 @@ def find_benign_patterns(
         gain, control = flips.gain.mean(dim=0), flips.control_gain.mean(dim=0)
         target = int(gain.argmax())
         steers = bool((gain - control).max() >= SMALLEST_RATE or gain.max() >= _STRIKING_RATE)
-        if not steers and not any(_shows_part(candidates.patches[members], pattern) for pattern in known):
+        if not steers and not any(
+            bool(_show_part(candidates.patches[members[:_KNOWN]], pattern).any()) for pattern in known
+        ):
             found.append(
                 BenignFinding(members, max(0.0, float(gain[target])), max(0.0, float(control[target])))
             )
@@ -293,10 +318,13 @@ def _without_copies(members: list[int], copies: Tensor) -> list[int]:
     return distinct
 
 
-def _shows_part(windows: Tensor, pattern: Tensor) -> bool:
-    """Whether any of these windows shows a part of a pattern, of which (m, 3, w, w) are known."""
-    both = patch_similarity(torch.cat((pattern, windows[:_KNOWN])), reach=0.6, least=_PART_OF_PATTERN)
-    return bool((both[: len(pattern), len(pattern) :] >= _PART_OF_PATTERN).any())
+def _show_part(windows: Tensor, known: Tensor) -> Tensor:
+    """(n,) bool: which of (n, 3, w, w) windows show a part of a pattern, of which (m, 3, w, w) are known."""
+    found = [torch.empty(0, dtype=torch.bool)]
+    for part in torch.split(windows, _AT_ONCE):
+        both = patch_similarity(torch.cat((known, part)), reach=0.6, least=_PART_OF_PATTERN)
+        found.append(both[: len(known), len(known) :].amax(dim=0) >= _PART_OF_PATTERN)
+    return torch.cat(found)
 
 
 def _groups(alike: Tensor) -> list[list[int]]:
@@ -435,7 +463,9 @@ def confirm(
     ]
     overlays = [pattern for pattern, aim in zip(patterns, aims, strict=True) if aim.aimed is False]
     # A few windows of an overlay, by themselves too few to tell, are still of that overlay.
-    part_of_one = [any(_shows_part(pattern, overlay) for overlay in overlays) for pattern in patterns]
+    part_of_one = [
+        any(bool(_show_part(pattern, overlay).any()) for overlay in overlays) for pattern in patterns
+    ]
     return [
         Confirmation(
             flip_rate=rate,
@@ -487,8 +517,7 @@ def _unlike(windows: Tensor, patterns: list[Tensor]) -> Tensor:
     """
     unlike = torch.ones(len(windows), dtype=torch.bool)
     for known in patterns:
-        both = patch_similarity(torch.cat((known, windows)), reach=0.6, least=_PART_OF_PATTERN)
-        shows = both[: len(known), len(known) :].amax(dim=0) >= _PART_OF_PATTERN
+        shows = _show_part(windows, known)
         if float(shows.float().mean()) <= _ORDINARY:
             unlike &= ~shows
     return unlike
