@@ -78,12 +78,21 @@ def test_without_a_second_look_more_of_the_images_must_be_scored() -> None:
         assert detection_probability(count, plain, 5000) < detection_probability(count, CONFIG, 5000)
 
 
-def test_a_scan_that_cannot_confirm_says_so() -> None:
-    power = power_statement(CONFIG, 5000, 32, tau=0.3)
+@pytest.mark.parametrize(
+    ("n_images", "tau", "why"),
+    [
+        (
+            5000,
+            0.3,
+            "a patch had to move more than 30% of the images to stand out from innocent windows, and 20% are assumed",
+        ),
+        (60, 0.05, "there are too few images to confirm a patch that moves 20% of them"),
+    ],
+)
+def test_a_scan_that_cannot_confirm_says_so(n_images: int, tau: float, why: str) -> None:
+    power = power_statement(ScanConfig().resolve(n_images, 32), n_images, 32, tau=tau)
     assert power.smallest_count is None and power.share is None
-    assert re.fullmatch(
-        r"No amount of poison .* of 95%, at best with \d+%: there are too few .*", power.sentence
-    )
+    assert re.fullmatch(rf"No amount of poison .* of 95%, at best with \d+%: {why}", power.sentence)
 
 
 def test_the_clusters_follow_the_smallest_poison() -> None:

@@ -84,10 +84,15 @@ def power_statement(
         smallest = high
     side = f"an opaque patch of up to about {config.window} of {image_size} pixels per side"
     if smallest is None:
+        why = f"there are too few images to confirm a patch that moves {attack.moved:.0%} of them"
+        if tau >= attack.moved:
+            why = (
+                f"a patch had to move more than {tau:.0%} of the images to stand out from innocent windows, and "
+                f"{attack.moved:.0%} are assumed"
+            )
         sentence = (
             f"No amount of poison with {side} would have been caught with a probability of {probability:.0%}, at best "
-            f"with {detection_probability(n_images, config, n_images, tau=tau, attack=attack):.0%}: there are too few "
-            f"images to confirm a patch that moves {attack.moved:.0%} of them"
+            f"with {detection_probability(n_images, config, n_images, tau=tau, attack=attack):.0%}: {why}"
         )
     else:
         sentence = (
