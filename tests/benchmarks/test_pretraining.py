@@ -52,7 +52,7 @@ def test_the_speed_of_all_loops_is_measured(monkeypatch):
     pytest.importorskip("lightly.transforms")
     monkeypatch.setattr(pretrain_speed, "IMAGES", 16)
     monkeypatch.setattr(pretrain_speed, "ROUNDS", 1)
-    for method in METHODS:
+    for method in pretrain_speed.MODULES:
         config = PretrainConfig(method=method, width=4, epochs=1, batch_size=8)
         row = pretrain_speed.measure(config, 0, OPTIONS)
         assert {name: len(values) for name, values in row["rates"].items()} == {
@@ -61,7 +61,7 @@ def test_the_speed_of_all_loops_is_measured(monkeypatch):
             "with our views": 1,
         }
         assert row["ratio"] == row["rates"]["ours"][0] / row["rates"]["lightly"][0]
-    assert set(pretrain_speed.MODULES) == set(METHODS)
+    assert set(pretrain_speed.MODULES) == {"moco-v2", "simclr", "moco-v3", "byol"} <= set(METHODS)
 
 
 def test_without_lightly_there_is_one_line(monkeypatch, capsys):
