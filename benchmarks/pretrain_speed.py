@@ -80,7 +80,7 @@ class Pictures(Dataset):
 
 
 def theirs_per_picture(pixels, config, seed):
-    from lightly.transforms import BYOLTransform, MoCoV2Transform, SimCLRTransform
+    from lightly.transforms import BYOLTransform, MoCoV2Transform, SimCLRTransform, SimSiamTransform
     from lightly.transforms.byol_transform import BYOLView1Transform, BYOLView2Transform
 
     brightness, contrast, saturation, hue = config.views.jitter
@@ -103,6 +103,7 @@ def theirs_per_picture(pixels, config, seed):
         "simclr": lambda: SimCLRTransform(**strengths),
         "moco-v3": lambda: BYOLTransform(BYOLView1Transform(**strengths), BYOLView2Transform(**second)),
         "byol": lambda: BYOLTransform(BYOLView1Transform(**strengths), BYOLView2Transform(**second)),
+        "simsiam": lambda: SimSiamTransform(**strengths),
     }
     return DataLoader(
         Pictures(pixels, kinds[config.method]()),
@@ -233,6 +234,25 @@ class LightlyBYOL(WithFollower):
         return 0.5 * (self.criterion(one, self.slow(second)) + self.criterion(two, self.slow(first)))
 
 
+class LightlySimSiam(nn.Module):
+    def __init__(self, network, size, recipe):
+        from lightly.loss import NegativeCosineSimilarity
+        from lightly.models.modules import SimSiamPredictionHead, SimSiamProjectionHead
+
+        super().__init__()
+        self.network = network
+        self.head = SimSiamProjectionHead(size, recipe.head_hidden, recipe.head_out)
+        self.predictor = SimSiamPredictionHead(recipe.head_out, recipe.head_out // 4, recipe.head_out)
+        self.criterion = NegativeCosineSimilarity()
+
+    def forward(self, first, second):
+        one, two = (self.head(self.network(view)) for view in (first, second))
+        return 0.5 * (
+            self.criterion(self.predictor(one), two.detach())
+            + self.criterion(self.predictor(two), one.detach())
+        )
+
+
 class LightlyMoCoV3(WithFollower):
     """lightly has the heads but no loss of MoCo v3; the paper's pseudo-code takes its place."""
 
@@ -260,6 +280,7 @@ MODULES = {
     "simclr": LightlySimCLR,
     "moco-v3": LightlyMoCoV3,
     "byol": LightlyBYOL,
+    "simsiam": LightlySimSiam,
 }
 
 

@@ -61,7 +61,10 @@ def test_the_speed_of_all_loops_is_measured(monkeypatch):
             "with our views": 1,
         }
         assert row["ratio"] == row["rates"]["ours"][0] / row["rates"]["lightly"][0]
-    assert set(pretrain_speed.MODULES) == {"moco-v2", "simclr", "moco-v3", "byol"} <= set(METHODS)
+    assert set(pretrain_speed.MODULES) == set(METHODS) - {
+        "msf",
+        "rotation",
+    }  # lightly has no such loss or head
 
 
 def test_without_lightly_there_is_one_line(monkeypatch, capsys):
