@@ -10,6 +10,7 @@ import sys
 
 import aim
 import clean
+import clip
 import common
 import cost
 import demo
@@ -44,6 +45,7 @@ TABLES = {
     "pretrain_speed": pretrain_speed.table,
     "pretraining": pretraining.table,
     "zoo": zoo.table,
+    "clip": clip.table,
 }
 
 

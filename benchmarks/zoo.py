@@ -5,7 +5,8 @@ One row is one encoder. Clean ones come from SimCLR, MoCo v2 and BYOL with sever
 DRUPE, or are trained on poisoned images (SSL-Backdoor). Each is audited with real images and with the generated images
 that serve where there are none; those of the main family also as published (`--faithful`, real images). Audits that an
 earlier row of the same encoder has are taken over, unless `--fresh`. No encoder is both attacked and a clean reference:
-attacks start from seeds of 100 and up.
+attacks start from seeds of 100 and up. Clean ones of those seeds are audited, too: held out of the reference, they show
+how often it raises a false alarm.
 
 Whether an encoder is called backdoored is the conformal rank of its mask share among the clean rows of its family, by
 the function that the audit uses; a clean row is left out of its own reference.
@@ -49,7 +50,8 @@ ALPHA = 0.05
 CIFAR = common.Data(folder="cifar10", size=32, classes=10, train=250, test=100)
 TINY = common.Data(folder="tinyimagenet100", size=64, classes=10, train=250, test=50, held_out="val")
 METHODS = ("moco-v2", "simclr", "byol")
-_ATTACKED = 100  # added to the seed of an encoder that is attacked
+_ATTACKED = 100  # added to the seed of an encoder that is attacked, or held out
+_HELD_OUT = "held-out"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +61,7 @@ class Case:
     Attributes:
         name: unique.
         seeds: seeds below this have a row.
-        attack: `clean`, `bad-encoder`, `drupe` or `ssl-backdoor`.
+        attack: `clean`, `held-out` (clean, but no reference), `bad-encoder`, `drupe` or `ssl-backdoor`.
         triggers: of the attack; seed s takes number s, and s + 1 where there are two targets.
         targets: of the attack, at once.
         faithful: audit as published, too.
@@ -92,6 +94,7 @@ _OTHERS: dict[str, dict[str, Any]] = {
 }
 CASES = (
     Case(name="clean", seeds=21, **_MAIN),
+    Case(name="clean, held out", seeds=20, attack=_HELD_OUT, faithful=False, **_MAIN),
     Case(name="BadEncoder", seeds=8, attack="bad-encoder", **_MAIN),
     Case(name="BadEncoder, 6 px", seeds=3, attack="bad-encoder", size=6, **_MAIN),
     Case(name="BadEncoder, 2 targets", seeds=3, attack="bad-encoder", targets=2, **_MAIN),
@@ -129,7 +132,7 @@ AUDITS = {
 
 def attack_of(case: Case, seed: int) -> ImplantConfig | PatchAttackConfig | None:
     """The rule: seed s has target s mod 10, and the next of the case's triggers; a second pair follows likewise."""
-    if case.attack == "clean":
+    if case.attack in ("clean", _HELD_OUT):
         return None
     pairs = range(case.targets)
     shared: dict[str, Any] = {
@@ -205,7 +208,8 @@ def built(
     """The encoder of a row, the answer key, and the seconds that training and attack took; kept once made."""
     attack, victim = attack_of(case, seed), case.victim(seed)
     if attack is None:
-        encoder, seconds = common.trained(train.images, victim, seed, options)
+        own = seed + _ATTACKED if case.attack == _HELD_OUT else seed
+        encoder, seconds = common.trained(train.images, victim, own, options)
         return encoder, None, seconds, 0.0
     if isinstance(attack, PatchAttackConfig):
         images, plan = poison(train.images, train.labels, train.class_names, attack, seed)
@@ -354,7 +358,7 @@ def table(results: Mapping[str, Any]) -> str:
             tables = references(rows, name)
             verdicts = [judged(row, name, tables) for row in seen]
             known = [verdict for verdict in verdicts if verdict != "inconclusive"]
-            area = auroc(seen, clean, name) if mine[0]["kind"] != "clean" else None
+            area = auroc(seen, clean, name) if mine[0]["kind"] not in ("clean", _HELD_OUT) else None
 
             def of(path: str, seen: list[common.Row] = seen, name: str = name, **how: Any) -> str:
                 return common.spread((common.pick(row["audits"][name], path) for row in seen), **how)

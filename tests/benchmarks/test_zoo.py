@@ -53,6 +53,17 @@ def test_rows_are_judged_among_the_clean_ones_of_their_family():
     assert "| no reference | 1 of 1 | – |" in alone
 
 
+def test_clean_encoders_that_are_held_out_are_judged_but_judge_none():
+    held = [
+        a_row("clean, held out", 0, 0.09, kind="held-out"),
+        a_row("clean, held out", 1, 0.3, kind="held-out"),
+    ]
+    lines = zoo.table({"rows": CLEAN + held + BAD}).splitlines()
+    # 0.09 is below all 20 references: a false alarm. It is none of them: the others are judged as without it.
+    assert "| 1 of 2 | 1 of 2 | – |" in next(line for line in lines if line.startswith("| clean, held out |"))
+    assert "| 1 of 2 | 1 of 2 | 0.75 |" in next(line for line in lines if line.startswith("| BadEncoder |"))
+
+
 def test_the_clean_rows_become_the_reference(tmp_path, monkeypatch):
     monkeypatch.setattr(zoo, "SHIPPED_REFERENCE", tmp_path / "reference.json")
     zoo.write_reference({"rows": json.loads(json.dumps(CLEAN + BAD))})
@@ -72,12 +83,12 @@ def test_overlap_is_measured_with_the_nearer_trigger():
 def test_every_case_has_settings_and_targets_of_its_own():
     assert len({case.name for case in zoo.CASES}) == len(zoo.CASES)
     assert sum(case.seeds for case in zoo.CASES if case.attack == "clean") >= 20
-    assert sum(case.seeds for case in zoo.CASES if case.attack != "clean") >= 20
+    assert sum(case.seeds for case in zoo.CASES if case.attack not in ("clean", "held-out")) >= 20
     for case in zoo.CASES:
         for seed in range(case.seeds):
             json.dumps(zoo.settings_of(case, seed), default=str)
             attack = zoo.attack_of(case, seed)
-            assert (attack is None) == (case.attack == "clean")
+            assert (attack is None) == (case.attack in ("clean", "held-out"))
             assert attack is None or len(set(attack.targets)) == len(set(attack.triggers)) == case.targets
 
 

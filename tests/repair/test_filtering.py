@@ -39,6 +39,18 @@ def test_a_result_in_memory_is_as_good_as_a_run_folder(
     assert unpoison.clean is clean
 
 
+def test_a_list_without_its_root_is_told_from_changed_images(
+    result: ScanResult, image_folder: Path, tmp_path: Path
+) -> None:
+    names = tmp_path / "elsewhere" / "list.txt"
+    names.parent.mkdir()
+    names.write_text("".join(f"{id_}\n" for id_ in result.findings["id"]))
+    with pytest.raises(DataError, match=r"5 of the 6 images .* cannot be read below .*elsewhere, .* --root"):
+        clean(names, result, tmp_path / "cleaned")
+    assert not (tmp_path / "cleaned").exists()
+    assert clean(names, result, tmp_path / "cleaned", root=image_folder).kept == 4
+
+
 def test_images_that_changed_since_are_refused(
     result: ScanResult, image_folder: Path, tmp_path: Path
 ) -> None:

@@ -41,7 +41,7 @@ class CleanClip(Clip):
         weight: of the self-supervision beside CLIP's loss.
     """
 
-    RECIPE: ClassVar[Recipe] = replace(Clip.RECIPE, learning_rate=4e-3, warmup_epochs=0.5)
+    RECIPE: ClassVar[Recipe] = replace(Clip.RECIPE, learning_rate=1e-2, warmup_epochs=0.5)
 
     def __init__(
         self, backbone: nn.Module, feature_size: int, recipe: Recipe, *, pair: ImageText, weight: float

@@ -165,6 +165,13 @@ def open_scanned(
         )
     # Same names, sizes and times: the same images. Otherwise only their bytes can tell.
     if source.signature() != kept.signature and fingerprint_of(source) != kept.fingerprint:
+        readable = examined - set(kept.skipped)
+        lost = [raw.id for raw in source.stream() if raw.data is None and raw.id in readable]
+        if lost:
+            raise DataError(
+                f"{len(lost)} of the {len(examined)} images that {kept.name} examined cannot be read below "
+                f"{source.root}, such as {min(lost)!r}; a list needs the --root that it was scanned with"
+            )
         raise DataError(
             f"the images of {source.location} changed since {kept.name}: same names, other bytes; scan them again"
         )
