@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -177,16 +177,16 @@ def audit(
     folder = None if out is None else RunFolder(Path(out), settings, fresh=fresh)
     run: Stages = folder or MemoryRun()
     try:
-        searched = _search(
+        searched = _Search(
             suspect,
             shadow,
+            *hold_out(shadow, stage_generator(seed, "audit/hold out")),
             config,
             run,
             seed,
             progress,
-            second_opinion=second_opinion,
-            max_seconds=max_seconds,
-        )
+            max_seconds,
+        ).result(second_opinion=second_opinion)
     except NoVerdictError:
         if folder is not None:
             folder.forget()
@@ -373,134 +373,180 @@ class _Searched:
         return best.mask_share if best.reached else 1.0
 
 
-def _search(
-    encoder: Encoder,
-    shadow: ImageSet,
-    config: DecreeConfig,
-    run: Stages,
-    seed: int,
-    progress: Progress,
-    *,
-    second_opinion: bool,
-    max_seconds: float | None,
-) -> _Searched:
-    """From images to the smallest mask."""
-    searched, held = hold_out(shadow, stage_generator(seed, "audit/hold out"))
+_Place = tuple[Windows, int]
+"""A window that was looked at, by its number."""
 
-    def passes() -> int:
-        return encoder.images_shown
 
-    def measure(mask: Tensor | None = None, pattern: Tensor | None = None) -> dict[str, Tensor]:
-        value = mean_pairwise_cosine(encoder, held, mask=mask, pattern=pattern)
+@dataclass(frozen=True, eq=False)
+class _Search:
+    """From images to the smallest mask: the stages of a search, and the time that is left for them.
+
+    Attributes:
+        encoder: under suspicion.
+        shadow: all images.
+        searched: (M, 3, S, S) uint8, those that the trigger is searched on.
+        held: likewise, those that it is measured on.
+        config, run, seed, progress, max_seconds: see `audit`.
+    """
+
+    encoder: Encoder
+    shadow: ImageSet
+    searched: Tensor
+    held: Tensor
+    config: DecreeConfig
+    run: Stages
+    seed: int
+    progress: Progress
+    max_seconds: float | None
+
+    def result(self, *, second_opinion: bool) -> _Searched:
+        """Every stage in turn."""
+        clean = self._stage("clean", self._own_collapse)
+        collapse = float(clean["searched"])
+        windows = None if self.config.faithful else self._scout()
+        self._refuse_if_over()
+        places = [None] if windows is None else [(windows, n) for n in windows.best(self.config.restarts)]
+        tried = self._starts("start", self.config.gain, places, collapse)
+        cut_short = len(tried) < len(places) or any(one.cut_short for one in tried)
+        found, relaxed = _best(tried), None
+        if (
+            not found.reached
+            and not self.config.faithful
+            and (looked := self._starts("relaxed", self.config.relaxed_gain, places, collapse))
+        ):
+            relaxed = _best(looked)
+            found = relaxed if relaxed.reached else found
+        extent, place = None, places[tried.index(found)] if found in tried else None
+        if place is not None and found.reached:
+            extent = self._reach(place, collapse)
+            found = extent or found
+        # By another name, for a run of an earlier version may have measured the smallest mask.
+        measured = "measure" if extent is None else "measure-extent"
+        after = self._stage(measured, lambda: self._measure(found.mask, found.pattern))
+        return _Searched(
+            tried=tried,
+            relaxed=relaxed,
+            extent=extent,
+            found=found,
+            before=float(clean["collapse"]),
+            after=float(after["collapse"]),
+            n_searched=len(self.searched),
+            held=self.held,
+            cut_short=cut_short,
+            needed=self._cleanse(windows) if second_opinion and windows is not None else None,
+        )
+
+    def _stage(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        return self.run.stage(name, compute, passes=lambda: self.encoder.images_shown)
+
+    def _left(self) -> float:
+        """Seconds; by the stages' own clocks: a run that was stopped decides the same when it goes on."""
+        return math.inf if self.max_seconds is None else self.max_seconds - sum(self.run.seconds.values())
+
+    def _refuse_if_over(self) -> None:
+        if self._left() <= 0:
+            raise NoVerdictError(
+                f"max_seconds={self.max_seconds:g}: all of it went by before the first start; raise it"
+            )
+
+    def _measure(self, mask: Tensor | None = None, pattern: Tensor | None = None) -> dict[str, Tensor]:
+        value = mean_pairwise_cosine(self.encoder, self.held, mask=mask, pattern=pattern)
         return {"collapse": torch.tensor(value, dtype=torch.float64)}
 
-    def own() -> dict[str, Tensor]:
-        extract_features(encoder, shadow, batch_size=256, progress=progress)  # refuses NaN and zero features
-        return {"searched": torch.tensor(own_collapse(encoder, searched), dtype=torch.float64), **measure()}
+    def _own_collapse(self) -> dict[str, Tensor]:
+        # Refuses NaN and zero features.
+        extract_features(self.encoder, self.shadow, batch_size=256, progress=self.progress)
+        own = own_collapse(self.encoder, self.searched)
+        return {"searched": torch.tensor(own, dtype=torch.float64), **self._measure()}
 
-    clean = run.stage("clean", own, passes=passes)
+    def _scout(self) -> Windows:
+        """What a patch at each place can do; every place is looked at, or none."""
+        self._refuse_if_over()
+        looked_from, before = time.perf_counter(), self._left()
 
-    def left() -> float:
-        # By the stages' own clocks: a run that was stopped decides the same when it goes on.
-        return math.inf if max_seconds is None else max_seconds - sum(run.seconds.values())
-
-    def some_left() -> float:
-        if left() <= 0:
-            raise NoVerdictError(
-                f"max_seconds={max_seconds:g}: all of it went by before the first start; raise it"
-            )
-        return left()
-
-    looked_from, before = time.perf_counter(), some_left()
-
-    def looking(stage: str, done: int, total: int) -> None:
-        """Every place is looked at, or none: where there is no time for all, say so at once."""
-        needed = (time.perf_counter() - looked_from) * total / done
-        if done >= total / 10 and needed >= before:
-            raise NoVerdictError(
-                f"max_seconds={max_seconds:g}: looking at all places takes about {needed:.0f} s, before the first "
-                "start; raise it"
-            )
-        progress(stage, done, total)
-
-    windows = None if config.faithful else _scout(encoder, searched, config, run, seed, looking)
-    places = [None] if windows is None else [(windows, number) for number in windows.best(config.restarts)]
-    some_left()
-
-    def start(name: str, number: int, gain: float) -> Inversion:
-        until = time.perf_counter() + left() / (len(places) - number)
+        def looking(stage: str, done: int, total: int) -> None:
+            """Where there is no time for all places, say so at once."""
+            needed = (time.perf_counter() - looked_from) * total / done
+            if done >= total / 10 and needed >= before:
+                raise NoVerdictError(
+                    f"max_seconds={self.max_seconds:g}: looking at all places takes about {needed:.0f} s, before the "
+                    "first start; raise it"
+                )
+            self.progress(stage, done, total)
 
         def compute() -> dict[str, Tensor]:
-            found = invert(
-                encoder,
-                searched,
-                config,
-                clean_collapse=float(clean["searched"]),
-                generator=stage_generator(seed, f"audit/{name}-{number}"),
-                gain=gain,
-                start=places[number],
-                time_is_over=lambda: time.perf_counter() >= until,
-                stage=f"{name} {number + 1} of {len(places)}",
-                progress=progress,
-            )
-            return _as_tensors(found)
+            generator = stage_generator(self.seed, "audit/scout")
+            found = scout(self.encoder, self.searched, self.config, generator=generator, progress=looking)
+            return {"corners": found.corners, "patterns": found.patterns, "collapse": found.collapse}
 
-        return _as_inversion(run.stage(f"{name}-{number}", compute, passes=passes))
+        tensors = self._stage("scout", compute)
+        return Windows(tensors["corners"], tensors["patterns"], tensors["collapse"])
 
-    def starts(name: str, gain: float) -> tuple[Inversion, ...]:
+    def _starts(
+        self, name: str, gain: float, places: Sequence[_Place | None], clean_collapse: float
+    ) -> tuple[Inversion, ...]:
         """One per place; those that an end of the time leaves no step for are left out."""
-        return tuple(start(name, number, gain) for number in range(len(places)) if left() > 0)
 
-    def reach(place: tuple[Windows, int]) -> Inversion | None:
+        def start(number: int) -> Inversion:
+            until = time.perf_counter() + self._left() / (len(places) - number)
+
+            def compute() -> dict[str, Tensor]:
+                found = invert(
+                    self.encoder,
+                    self.searched,
+                    self.config,
+                    clean_collapse=clean_collapse,
+                    generator=stage_generator(self.seed, f"audit/{name}-{number}"),
+                    gain=gain,
+                    start=places[number],
+                    time_is_over=lambda: time.perf_counter() >= until,
+                    stage=f"{name} {number + 1} of {len(places)}",
+                    progress=self.progress,
+                )
+                return _as_tensors(found)
+
+            return _as_inversion(self._stage(f"{name}-{number}", compute))
+
+        return tuple(start(number) for number in range(len(places)) if self._left() > 0)
+
+    def _reach(self, place: _Place, clean_collapse: float) -> Inversion | None:
         """The whole trigger at a place, if there is more of it than the smallest mask, and time."""
-        if left() <= 0:
+        if self._left() <= 0:
             return None
-        until = time.perf_counter() + left()
+        until = time.perf_counter() + self._left()
 
         def compute() -> dict[str, Tensor]:
             found = whole_trigger(
-                encoder,
-                searched,
-                config,
-                clean_collapse=float(clean["searched"]),
+                self.encoder,
+                self.searched,
+                self.config,
+                clean_collapse=clean_collapse,
                 start=place,
-                generator=stage_generator(seed, "audit/extent"),
+                generator=stage_generator(self.seed, "audit/extent"),
                 time_is_over=lambda: time.perf_counter() >= until,
-                progress=progress,
+                progress=self.progress,
             )
             return {} if found is None else _as_tensors(found)
 
-        tensors = run.stage("extent", compute, passes=passes)
+        tensors = self._stage("extent", compute)
         return _as_inversion(tensors) if tensors else None
 
-    tried = starts("start", config.gain)
-    cut_short = len(tried) < len(places) or any(one.cut_short for one in tried)
-    found, relaxed = _best(tried), None
-    if not found.reached and not config.faithful and (looked := starts("relaxed", config.relaxed_gain)):
-        relaxed = _best(looked)
-        found = relaxed if relaxed.reached else found
-    extent, place = None, places[tried.index(found)] if found in tried else None
-    if place is not None and found.reached:
-        extent = reach(place)
-        found = extent or found
-    # By another name, for a run of an earlier version may have measured the smallest mask.
-    measured = "measure" if extent is None else "measure-extent"
-    after = run.stage(measured, lambda: measure(found.mask, found.pattern), passes=passes)
-    needed = None
-    if second_opinion and windows is not None:
-        needed = _cleanse(encoder, searched, windows, run, seed, progress)
-    return _Searched(
-        tried=tried,
-        relaxed=relaxed,
-        extent=extent,
-        found=found,
-        before=float(clean["collapse"]),
-        after=float(after["collapse"]),
-        n_searched=len(searched),
-        held=held,
-        cut_short=cut_short,
-        needed=needed,
-    )
+    def _cleanse(self, windows: Windows) -> Needed:
+        """The second opinion."""
+
+        def compute() -> dict[str, Tensor]:
+            said = cleanse(
+                self.encoder,
+                self.searched,
+                SslCleanseConfig(),
+                windows=windows,
+                generator=stage_generator(self.seed, "audit/clusters"),
+                progress=self.progress,
+            )
+            return {"mask_shares": said.mask_shares, **_as_tensors(said.found)}
+
+        tensors = self._stage("clusters", compute)
+        return Needed(tensors["mask_shares"], _as_inversion(tensors))
 
 
 def _checked(
@@ -537,36 +583,6 @@ def _check_time(max_seconds: float, *, second_opinion: bool, add_to: str | Path 
         raise ConfigError(
             "max_seconds contradicts add_to: the figure of a search that was cut short is no reference; drop one"
         )
-
-
-def _scout(
-    encoder: Encoder, searched: Tensor, config: DecreeConfig, run: Stages, seed: int, progress: Progress
-) -> Windows:
-    """What a patch at each place can do."""
-
-    def compute() -> dict[str, Tensor]:
-        generator = stage_generator(seed, "audit/scout")
-        found = scout(encoder, searched, config, generator=generator, progress=progress)
-        return {"corners": found.corners, "patterns": found.patterns, "collapse": found.collapse}
-
-    tensors = run.stage("scout", compute, passes=lambda: encoder.images_shown)
-    return Windows(tensors["corners"], tensors["patterns"], tensors["collapse"])
-
-
-def _cleanse(
-    encoder: Encoder, searched: Tensor, windows: Windows, run: Stages, seed: int, progress: Progress
-) -> Needed:
-    """The second opinion."""
-
-    def compute() -> dict[str, Tensor]:
-        generator = stage_generator(seed, "audit/clusters")
-        said = cleanse(
-            encoder, searched, SslCleanseConfig(), windows=windows, generator=generator, progress=progress
-        )
-        return {"mask_shares": said.mask_shares, **_as_tensors(said.found)}
-
-    tensors = run.stage("clusters", compute, passes=lambda: encoder.images_shown)
-    return Needed(tensors["mask_shares"], _as_inversion(tensors))
 
 
 def _answer(
