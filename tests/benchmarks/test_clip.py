@@ -12,7 +12,7 @@ import common
 
 from pairs import CONFIG, NAMES, coloured
 
-OPTIONS = argparse.Namespace(threads=1, device="cpu", fresh=False, retrain=False)
+OPTIONS = argparse.Namespace(threads=1, device="cpu", fresh=False, retrain=False, scans=None)
 
 
 def split(n, seed):
@@ -58,7 +58,9 @@ def small(tmp_path, monkeypatch):
 
 
 def test_a_case_measures_both_models_before_and_after_and_keeps_them(small, capsys):
-    jobs = [common.Job("a tenth", 0, clip.settings_of(0.1, 0), lambda: clip.run_case(0.1, 0, OPTIONS))]
+    jobs = [
+        common.Job("a tenth", 0, clip.settings_of(0.1, 0), lambda: clip.run_case("a tenth", 0.1, 0, OPTIONS))
+    ]
     assert common.run_jobs("clip", jobs, OPTIONS) == 0
     assert small == [(128, 13)]  # the trusted images are not scanned
     common.print_table("clip", clip.table)
@@ -66,11 +68,15 @@ def test_a_case_measures_both_models_before_and_after_and_keeps_them(small, caps
     assert victim.startswith("| a tenth (13) | poisoned pairs | 1 | ")
     assert victim.endswith("| 10.0 | 1 × poisoned | 100 | 90 / 80 |")
     assert control.startswith("|  | the same, clean | 1 | ") and control.endswith("| – | – | – |")
-    row = clip.run_case(0.1, 0, OPTIONS)
+    row = clip.run_case("a tenth", 0.1, 0, OPTIONS)
     for who in ("victim", "control"):
         assert row[who].keys() >= {"accuracy", "attack_success", "untriggered_rate", "audit", "CleanCLIP"}
     kept = list((common.KEPT / "encoders").glob("*.words.safetensors"))
     assert len(kept) == 2  # not trained a second time under other names
+    rescanned = clip.run_case(
+        "a tenth", 0.1, 0, argparse.Namespace(**{**vars(OPTIONS), "scans": ["default"]})
+    )
+    assert len(small) == 3 and rescanned["victim"] == row["victim"] and "key" not in rescanned
 
 
 def test_seeds_have_targets_and_triggers_of_their_own():

@@ -34,11 +34,13 @@ def test_the_whole_story(run, images, tmp_path):
     done = run("pretrain", "clip", out, "--captions", attack["captions"], "--out", victim, *SMALL)
     trained = json.loads(done.stdout)
     assert done.exit_code == 0 and trained["method"] == "clip" and trained["n_images"] == 64
-    assert load_encoder(victim, device="cpu").features(torch.zeros(1, 3, 32, 32)).shape == (1, 64)
+    tower = load_encoder(victim, device="cpu")
+    assert tower.features(torch.zeros(1, 3, 32, 32)).shape == (1, 64) and tower.captioned
     repaired = tmp_path / "repaired.safetensors"
     shorter = ("--epochs", 1, "--batch-size", 32, "--device", "cpu", "--json")
     done = run("repair", "cleanclip", victim, images, "--out", repaired, *shorter)
     assert done.exit_code == 0 and json.loads(done.stdout)["words"].endswith("repaired.words.safetensors")
+    assert load_encoder(repaired, device="cpu").captioned
     for encoder in (victim, repaired):
         done = run("evaluate", encoder, "--zero-shot", "--test", images, "--plan", attack["plan"], "--json")
         report = json.loads(done.stdout)

@@ -150,7 +150,7 @@ def test_findings_do_not_depend_on_the_batch_size() -> None:
     assert first.summary["encoder_passes"] == other.summary["encoder_passes"]
 
 
-@pytest.mark.parametrize("kinds", ["one kind", "all kinds"])
+@pytest.mark.parametrize("kinds", ["one kind", "all kinds", "all kinds, with captions"])
 def test_what_the_encoder_obeys_is_an_attack_only_where_it_is_aimed(kinds: str, tmp_path: Any) -> None:
     """Fifteen seven, line four: in training, an overlay on images of all classes gets an attractor of its own."""
     images, encoder = clean_images(600, seed=3), planted_encoder()
@@ -163,7 +163,11 @@ def test_what_the_encoder_obeys_is_an_attack_only_where_it_is_aimed(kinds: str, 
     rows = rows[:150]
     corners = torch.randint(0, SIZE - TRIGGER_SIDE + 1, (len(rows), 2), generator=generator)
     config = dataclasses.replace(CONFIG, clusters=20, exploit=200)
+    encoder.captioned = kinds == "all kinds, with captions"
     result = pipeline.scan(overlaid(images, rows, corners), encoder, config=config, out=tmp_path / "run")
+    if encoder.captioned:  # the captions name the target; the images need not
+        assert result.verdict == "poisoned" and result.summary["triggers"][0]["concentration"] is None
+        return
     if kinds == "one kind":
         assert result.verdict == "poisoned" and result.summary["triggers"][0]["concentration"] > 1.5
         assert not any(pattern.steers for pattern in result.benign_patterns)

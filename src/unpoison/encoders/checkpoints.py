@@ -463,9 +463,8 @@ def _from_own_file(
         if given is not None and given != value:
             raise ConfigError(f"{path}: {name}={given!r}, but the file says {value!r}; leave the option out")
     network, _ = fit_weights(lambda: build_backbone(architecture), tensors, architecture.name, path)
-    return options.encoder(
-        network, preprocessing, f"{path.name} ({method} {architecture.name})", digest_file(path)
-    )
+    name = f"{path.name} ({method} {architecture.name})"
+    return options.encoder(network, preprocessing, name, digest_file(path), captioned=method in PAIRED)
 
 
 def read_training(path: Path | str, kind: type[Any]) -> Training | None:

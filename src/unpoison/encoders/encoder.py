@@ -57,6 +57,8 @@ class Encoder:
         device, precision: see `runtime.choose_device` and `runtime.choose_precision`.
         fingerprint: hex digest of the weights: of their file, or of what the module holds in memory. Of a function it
             is what the caller names it by; without a name no kept run and no kept detector fits it.
+        captioned: whether it learned from images with captions. Then an attack's images may be of any kind, since
+            their captions say what they are to be taken for; a scan does not ask for one kind (`scan.aim`).
     """
 
     def __init__(
@@ -68,12 +70,14 @@ class Encoder:
         device: str | torch.device = "auto",
         precision: str = "auto",
         fingerprint: str = "",
+        captioned: bool = False,
     ) -> None:
         self.device = choose_device(device) if isinstance(device, str) else device
         self.precision = choose_precision(precision, self.device)
         self.preprocessing = preprocessing
         self.name = name
         self._fingerprint = fingerprint
+        self.captioned = captioned
         self.images_shown = 0
         self.largest_batch: int | None = None
         self.network = network

@@ -68,7 +68,13 @@ class LoadOptions:
     precision: str
 
     def encoder(
-        self, network: nn.Module, preprocessing: Preprocessing, name: str, fingerprint: str
+        self,
+        network: nn.Module,
+        preprocessing: Preprocessing,
+        name: str,
+        fingerprint: str,
+        *,
+        captioned: bool = False,
     ) -> Encoder:
         """The encoder of a network, on the device and in the precision of choice."""
         return Encoder(
@@ -78,6 +84,7 @@ class LoadOptions:
             device=self.device,
             precision=self.precision,
             fingerprint=fingerprint,
+            captioned=captioned,
         )
 
 

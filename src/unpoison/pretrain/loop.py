@@ -325,7 +325,12 @@ def train(
             _refuse_collapse(method.backbone, standardise(sample.to(on), mean, std), losses)
         state.save(module, optimiser, losses)
     encoder = Encoder(
-        method.backbone, preprocessing, name=f"{config.method} {recipe.arch}", device=on, precision=precision
+        method.backbone,
+        preprocessing,
+        name=f"{config.method} {recipe.arch}",
+        device=on,
+        precision=precision,
+        captioned=companions is not None,
     )
     return TrainedEncoder(encoder, architecture, losses, config, seed, images.fingerprint, checkpoint)
 

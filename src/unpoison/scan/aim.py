@@ -5,8 +5,9 @@ moves whatever it is pasted on, as a trigger does. But an attacker needs the pat
 others are to be taken for; without it, those images lie together, and those of a watermark scatter like any others.
 Assumes that the kinds of images lie in different places of feature space, and that there are several.
 Doubt is decided against the pattern: what is more than chance counts as aimed.
-Misses: a watermark on one kind of image only, which nothing tells from an attack; and an attack on the kind of most of
-the images, which looks like a watermark.
+Misses: a watermark on one kind of image only, which nothing tells from an attack; an attack on the kind of most of
+the images, which looks like a watermark; and one whose captions or labels, instead of its images, say the target. An
+encoder that is known to have learned from captions is therefore not asked.
 
 Ours; the papers ask only whether a patch steers.
 """

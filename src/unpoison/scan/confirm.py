@@ -405,7 +405,8 @@ def confirm(
         finalists: fixed before; see `find_finalists`.
         held_out: (B,) int64 rows that neither the flip set nor any candidate used.
         flip_test: measures what random windows of the data do, which sets tau.
-        alpha: finalists with a larger p-value steer nothing, and are not asked whether they are aimed.
+        alpha: finalists with a larger p-value steer nothing, and are not asked whether they are aimed. Nor are any
+            where the encoder is `captioned`.
         generator: places, the order of the controls' blocks, and what a pattern's images are compared with.
         batch_size: images per pass.
     """
@@ -457,7 +458,7 @@ def confirm(
             generator=generator,
             batch_size=batch_size,
         )
-        if p <= alpha
+        if p <= alpha and not encoder.captioned
         else Aim(None, None)
         for finalist, p in zip(finalists, p_values, strict=True)
     ]
