@@ -48,6 +48,19 @@ def tiny(path: Path | str, **options: Any) -> Encoder:
     return load(path, **({"arch": "resnet10", "width": 8} | options))
 
 
+@pytest.mark.parametrize("stages", ["layer1 layer2 layer3 layer4", "4 5 6 7", "3 4 5 6"])
+def test_the_width_of_a_resnet_is_read_off_its_weights(stages: str, tmp_path: Path) -> None:
+    network = backbone()
+    names = dict(zip(("layer1", "layer2", "layer3", "layer4"), stages.split(), strict=True))
+    stem = {} if "layer1" in names.values() else {"conv1": "0", "bn1": "1"}
+    renamed = {}
+    for name, tensor in network.state_dict().items():
+        first, _, rest = name.partition(".")
+        renamed[f"module.encoder.{(names | stem).get(first, first)}.{rest}"] = tensor
+    torch.save(renamed, tmp_path / "narrow.pth")
+    assert same_weights(load(tmp_path / "narrow.pth", arch="resnet10"), network)
+
+
 def pixels(size: int = 32, n: int = 2) -> Tensor:
     return torch.randint(
         0, 256, (n, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
@@ -436,12 +449,14 @@ def test_weights_that_do_not_fit_are_explained(tmp_path: Path) -> None:
         "40 weights have no place in resnet10 .layer1.1.conv1.weight, ",
     )
     refuse(
-        state, r"conv1.weight is \(8, 3, 3, 3\), but resnet10 takes \(16, 3, 3, 3\): give --width 8", width=16
+        state,
+        r"conv1.weight is \(8, 3, 3, 3\), but resnet10 takes \(16, 3, 3, 3\): leave width out, or give 8",
+        width=16,
     )
     refuse(state, "a 3×3 stem and the network a 7×7 one; give an --image-size of below 96", image_size=128)
     large = dict(backbone(size=96).state_dict())
     refuse(large, "a 7×7 stem and the network a 3×3 one; give an --image-size of at least 96", image_size=32)
-    refuse(state | {"bn1.weight": torch.ones(9)}, r"bn1.weight is \(9,\), .* is --arch or --width right")
+    refuse(state | {"bn1.weight": torch.ones(9)}, r"bn1.weight is \(9,\), .* is --arch right")
     for bad in (float("nan"), float("inf")):
         refuse(state | {"bn1.bias": torch.full((8,), bad)}, "bn1.bias holds NaN or infinite values")
     refuse(

@@ -259,7 +259,7 @@ def load_encoder(
     reference: str | Path,
     *,
     arch: str | None = None,
-    width: int = 64,
+    width: int | None = None,
     image_size: int | None = None,
     mean: _Triple | None = None,
     std: _Triple | None = None,
@@ -279,7 +279,7 @@ def load_encoder(
             - `open_clip:MODEL/WEIGHTS` (a tag, a file, or `random`) or `open_clip:FOLDER`: an OpenCLIP image tower.
 
         arch: architecture of a file that does not say it; see `encoders.backbones.Architecture`.
-        width: channels of the first stage of such a ResNet.
+        width: channels of the first stage of such a ResNet; None reads it off the weights.
         image_size: side of the images, in pixels; None takes what the file or the name says, else a guess.
         mean: per channel, for values in [0, 1]; None as for `image_size`.
         std: likewise.
@@ -321,7 +321,7 @@ def as_encoder(
     preprocessing: Preprocessing | None = None,
     *,
     arch: str | None = None,
-    width: int = 64,
+    width: int | None = None,
     image_size: int | None = None,
     mean: _Triple | None = None,
     std: _Triple | None = None,
@@ -334,7 +334,7 @@ def as_encoder(
         encoder: one already, a module from normalised images to features, or a reference for `load_encoder`.
         preprocessing: of a module; everything else brings its own.
         arch: see `load_encoder`, as for the rest; an `Encoder` is returned as it is, whatever they are.
-        width: of a ResNet whose file does not say it.
+        width: see `load_encoder`.
         image_size: side of the images, in pixels.
         mean: per channel, for values in [0, 1].
         std: likewise.
@@ -400,7 +400,7 @@ def _from_file(path: Path, options: LoadOptions) -> Encoder:
     architecture = Architecture(
         name=options.arch,
         image_size=size,
-        width=options.width,
+        width=options.width or _stored_width(tensors) or Architecture.width,
         # Strides cannot be read off weights; a 3×3 stem in a published file is the CIFAR stem, which keeps the size.
         stem_stride={3: 1, 4: 4}.get(kernel or 0),
     )
@@ -537,6 +537,16 @@ def _stem_kernel(tensors: dict[str, Tensor]) -> int | None:
         if stem and tensor.ndim == 4 and tensor.shape[1] == 3:
             return tensor.shape[-1]
     return None
+
+
+def _stored_width(tensors: dict[str, Tensor]) -> int | None:
+    """Channels of a ResNet's first stage: of the four stages' first blocks, whatever they are called, the narrowest."""
+    widths = [
+        tensor.shape[0]
+        for name, tensor in tensors.items()
+        if name.split(".")[-3:] == ["0", "conv1", "weight"] and tensor.ndim == 4 and tensor.shape[1] != 3
+    ]
+    return min(widths) if widths and 4 <= min(widths) <= 512 else None
 
 
 def _usual_size(arch: str, kernel: int | None) -> int:

@@ -60,7 +60,7 @@ class LoadOptions:
     """What the caller of `load_encoder` chose; None where the file or the name decides."""
 
     arch: str | None
-    width: int
+    width: int | None
     image_size: int | None
     mean: _Triple | None
     std: _Triple | None

@@ -277,10 +277,10 @@ def _explain_shapes(name: str, got: Tensor, expected: Tensor, arch: str) -> str:
                 f"{shapes}: the file has a {theirs}×{theirs} stem and the network a {ours}×{ours} one; "
                 f"give an --image-size of {side}, or another --arch"
             )
-        return f"{shapes}: give --width {got.shape[0]}"
+        return f"{shapes}: leave width out, or give {got.shape[0]}"
     if name == "pos_embed":
         return f"{shapes}: the file was trained on another number of patches; give its --image-size"
-    return f"{shapes}: is --arch or --width right?"
+    return f"{shapes}: is --arch right?"
 
 
 # --- Small things ----------------------------------------------------------------------------------------------------
