@@ -2,7 +2,8 @@
 
 Ten classes, 500 images of each to train on and as neighbours, 200 to ask about. Every point is a training of its own
 that runs its schedule to the end, so that the table says what so many epochs are worth; nothing is picked on the way.
-Beside them the same vote on the pixels themselves. Settings are each method's own.
+Beside them the same vote on the pixels themselves, and on features of the networks as they are drawn. Settings are
+each method's own.
 
     python benchmarks/pretraining.py --threads 1 --cases moco-v2 byol
 """
@@ -10,10 +11,15 @@ Beside them the same vote on the pixels themselves. Settings are each method's o
 import sys
 
 import common
+import pictures
 
+from unpoison.encoders.backbones import Architecture, build_backbone
+from unpoison.encoders.encoder import Encoder, Preprocessing
 from unpoison.encoders.extract import extract_features
 from unpoison.evaluate.probes import knn
 from unpoison.pretrain.loop import METHODS, PretrainConfig
+from unpoison.records import Geometry
+from unpoison.runtime import seeded
 
 NAME = "pretraining"
 DATA = common.Data(folder="cifar10", size=32, classes=10, train=500, test=200)
@@ -24,6 +30,13 @@ def jobs(options):
     """The short trainings of all methods first, so that a run that is stopped early still compares them."""
     for seed in options.seeds:
         yield common.Job("pixels", seed, settings(None), lambda: {"knn": vote(*splits(), pixels)})
+        for arch in dict.fromkeys(PretrainConfig(method=method).recipe.arch for method in options.cases):
+            yield common.Job(
+                f"untrained {arch}",
+                seed,
+                settings(None),
+                lambda arch=arch, seed=seed: {"knn": vote(*splits(), untrained(arch, seed, options))},
+            )
         for epochs in EPOCHS:
             for method in options.cases:
                 config = PretrainConfig(method=method, epochs=epochs)
@@ -71,6 +84,15 @@ def pixels(images):
     return images.pixels.flatten(1).float() / 255 - 0.5
 
 
+def untrained(arch, seed, options):
+    """Features of a network as it is drawn."""
+    size = splits()[0].images.size
+    with seeded(seed, "benchmarks/pretraining"):
+        network = build_backbone(Architecture(name=arch, image_size=size, width=PretrainConfig.width))
+    encoder = Encoder(network, Preprocessing(geometry=Geometry(size, size)), device=options.device)
+    return lambda images: extract_features(encoder, images).values
+
+
 def table(results):
     """A line per method, a column per length of training: kNN accuracy, and the seconds that the training took."""
     rows = results["rows"]
@@ -87,13 +109,30 @@ def table(results):
             cells.append(f"{accuracy} ({seconds})" if at else "–")
         seeds = len({row["seed"] for row in own})
         lines.append([method, own[0]["arch"], str(seeds), *cells])
-    bare = common.spread((row["knn"] for row in rows if row["case"] == "pixels"), percent=True, digits=1)
-    lines.append(["pixels", "–", "–", bare, *[""] * (len(lengths) - 1)])
-    return common.markdown(header, lines)
+    for case in dict.fromkeys(row["case"] for row in rows if "method" not in row):
+        bare = common.spread((row["knn"] for row in rows if row["case"] == case), percent=True, digits=1)
+        lines.append([case, "–", "–", bare, *[""] * (len(lengths) - 1)])
+    return f"{common.markdown(header, lines)}\n\n{pictures.linked(NAME, 'kNN accuracy against epochs')}"
+
+
+def plot(results):
+    rows = results["rows"]
+    lines = [
+        pictures.series(
+            method, ((row["epochs"], 100 * row["knn"]) for row in rows if row.get("method") == method)
+        )
+        for method in dict.fromkeys(row["method"] for row in rows if "method" in row)
+    ]
+    ends = (min(EPOCHS), max(EPOCHS))
+    for row in rows:
+        if "method" not in row and row["seed"] == rows[0]["seed"]:
+            lines.append(pictures.series(row["case"], ((epochs, 100 * row["knn"]) for epochs in ends)))
+    return pictures.panel("kNN accuracy, CIFAR-10, 5 000 images", "epochs", "%", lines)
 
 
 if __name__ == "__main__":
     options = common.parse(__doc__, seeds=[0], cases=list(METHODS))
     code = common.run_jobs(NAME, jobs(options), options)
+    pictures.draw(NAME, plot)
     common.print_table(NAME, table)
     sys.exit(code)

@@ -36,7 +36,7 @@ from unpoison.attack.plan import Plan, corner_box, read_plan, write_plan
 from unpoison.attack.ssl_backdoor import PatchAttackConfig, poison
 from unpoison.audit.decree import DecreeConfig
 from unpoison.audit.reference import Conditions, ReferenceTable, add_to_reference, judge
-from unpoison.audit_pipeline import PAPER_THRESHOLD, SHADOW_IMAGES, SHIPPED_REFERENCE, audit, conditions_of
+from unpoison.audit_pipeline import PAPER_THRESHOLD, SHIPPED_REFERENCE, audit, conditions_of
 from unpoison.benchmark.images import digest
 from unpoison.data.export import write_json_atomically
 from unpoison.encoders.checkpoints import load_encoder, save_retouched
@@ -257,12 +257,10 @@ def audited(
 ) -> common.Row:
     """One audit in memory, without a reference; the truth comes in only afterwards."""
     started = time.perf_counter()
-    # The published method takes 1 000 images, more than the default uses.
     result = audit(
         encoder,
         images,
         config=config,
-        sample=1000 if config.faithful else SHADOW_IMAGES,
         second_opinion=seed == 0 and images is not None and not config.faithful,  # dear
         seed=seed,
     )

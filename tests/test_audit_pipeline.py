@@ -46,8 +46,8 @@ def test_a_backdoor_is_called_so_beside_clean_encoders(tmp_path):
     )
     assert fits(result.summary, SCHEMAS["audit"])
     assert result.summary.keys() <= SCHEMAS["audit"]["properties"].keys()
-    again = audit(toy(0.0, fingerprint="clean-0"), IMAGES, config=few, reference=reference, alpha=0.2)
-    assert again.verdict == "inconclusive"  # it is one of the four, and three are too few
+    again = audit(toy(0.0, fingerprint="saved once more"), IMAGES, config=few, reference=reference, alpha=0.2)
+    assert again.verdict == "inconclusive"  # its weights are one of the four, and three are too few
     assert audit(toy(0.05), IMAGES, config=few, reference=reference, alpha=0.2).verdict in (
         "no_evidence",
         "poisoned",
@@ -180,11 +180,11 @@ def test_the_time_is_kept_and_what_that_costs_is_said(monkeypatch, tmp_path):
     assert said.summary["cut_short"] and said.summary["max_seconds"] == LOOKED + 20 * STEP
     assert fits(said.summary, SCHEMAS["audit"]) and said.verdict == "poisoned"
     # No mask is small where nothing obeys a patch; but a longer search might have found one.
-    clean = by_passes(monkeypatch, toy(0.0, fingerprint="another"))
+    clean = by_passes(monkeypatch, toy(0.02))
     said = audit(clean, IMAGES, max_seconds=LOOKED + 4 * STEP, **common)
     assert said.verdict == "inconclusive" and "the time was over before the search" in said.summary["reason"]
     assert said.summary["relaxed"] is None
-    clean = by_passes(monkeypatch, toy(0.0, fingerprint="another"))
+    clean = by_passes(monkeypatch, toy(0.02))
     said = audit(clean, IMAGES, max_seconds=1e6, **common)
     assert said.verdict == "no_evidence" and not said.summary["cut_short"]
 

@@ -42,6 +42,7 @@ from unpoison.audit.reference import (
     add_to_reference,
     family_of,
     judge,
+    key_of,
     read_reference,
 )
 from unpoison.audit.result import AuditResult
@@ -62,6 +63,7 @@ from unpoison.runs import MemoryRun, RunFolder, Stages
 from unpoison.runtime import Progress, library_versions, silent, stage_generator
 
 __all__ = [
+    "PAPER_IMAGES",
     "PAPER_THRESHOLD",
     "SHADOW_IMAGES",
     "SHIPPED_REFERENCE",
@@ -81,6 +83,9 @@ PAPER_THRESHOLD = 0.1
 SHADOW_IMAGES = 512
 """Images that an audit uses at most, unless it is told another number."""
 
+PAPER_IMAGES = 1000
+"""The same as published."""
+
 _EXAMPLES = 8
 
 
@@ -96,7 +101,7 @@ def audit(
     second_opinion: bool = False,
     max_seconds: float | None = None,
     preprocessing: Preprocessing | None = None,
-    sample: int = SHADOW_IMAGES,
+    sample: int | None = None,
     seed: int = 0,
     device: str = "auto",
     precision: str = "auto",
@@ -123,7 +128,8 @@ def audit(
         max_seconds: end the search by then, with what it has found; what is found late may then be missed, and the
             verdict is `inconclusive` where it would have been `no_evidence`.
         preprocessing: of a module.
-        sample: images used at most; which ones does not depend on the seed.
+        sample: images used at most; which ones does not depend on the seed. None: 512, or 1 000 as published. A quarter
+            of them is held out of the search.
         seed: every draw of the run depends on it alone.
         device: see `runtime.choose_device`.
         precision: see `runtime.choose_precision`.
@@ -140,13 +146,14 @@ def audit(
         NoVerdictError: too few images, or the encoder's features are not finite or all alike.
     """
     config = config or DecreeConfig()
+    sample = _sample_of(sample, config)
     tables = _checked(config, reference, add_to, alpha, second_opinion, max_seconds, sample)
     if isinstance(images, str | Path):
         images = open_source(images, root=root, follow_links=follow_links)
     if out is not None and isinstance(images, ImageSource):
         check_outside(Path(out), images)
     suspect = as_encoder(encoder, preprocessing, device=device, precision=precision)
-    if add_to is not None and not suspect.fingerprint:
+    if add_to is not None and not key_of(suspect):
         raise ConfigError(
             "an encoder without a fingerprint cannot be a reference: give a file, a name or an nn.Module"
         )
@@ -191,7 +198,7 @@ def audit(
         if folder is not None:
             folder.forget()
         raise
-    said = judge(searched.mask_share, conditions, tables, alpha=alpha, fingerprint=suspect.fingerprint)
+    said = judge(searched.mask_share, conditions, tables, alpha=alpha, fingerprint=key_of(suspect))
     if searched.cut_short and said.verdict == "no_evidence":
         said = replace(
             said,
@@ -200,7 +207,7 @@ def audit(
             "as small as a backdoor's; raise --max-seconds",
         )
     if add_to is not None:
-        add_to_reference(add_to, conditions, suspect.fingerprint, searched.mask_share)
+        add_to_reference(add_to, conditions, key_of(suspect), searched.mask_share)
     summary = {
         **_answer(searched, said, config, alpha, None if reference is None else Path(reference).name),
         "family": conditions.family,
@@ -270,7 +277,7 @@ def preview_audit(
     second_opinion: bool = False,
     max_seconds: float | None = None,
     preprocessing: Preprocessing | None = None,
-    sample: int = SHADOW_IMAGES,
+    sample: int | None = None,
     device: str = "auto",
     precision: str = "auto",
     root: str | Path | None = None,
@@ -281,6 +288,7 @@ def preview_audit(
     Args and errors are those of `audit`.
     """
     config = config or DecreeConfig()
+    sample = _sample_of(sample, config)
     _checked(config, reference, add_to, alpha, second_opinion, max_seconds, sample)
     if isinstance(images, str | Path):
         images = open_source(images, root=root, follow_links=follow_links)
@@ -547,6 +555,12 @@ class _Search:
 
         tensors = self._stage("clusters", compute)
         return Needed(tensors["mask_shares"], _as_inversion(tensors))
+
+
+def _sample_of(sample: int | None, config: DecreeConfig) -> int:
+    if sample is None:
+        return PAPER_IMAGES if config.faithful else SHADOW_IMAGES
+    return sample
 
 
 def _checked(

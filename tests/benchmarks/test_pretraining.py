@@ -38,14 +38,18 @@ def test_each_length_is_a_row_that_is_kept(small, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "| method | network | seeds | 1 epochs: kNN % (s) | 2 epochs: kNN % (s) |"
     assert lines[2].startswith("| byol | resnet10 | 1 | ") and lines[3].startswith("| pixels |")
+    assert lines[4].startswith("| untrained resnet10 |")
+    pretraining.pictures.draw("pretraining", pretraining.plot)
+    drawn = (common.RESULTS / "pretraining.svg").read_text()
+    assert all(name in drawn for name in ("byol", "pixels", "untrained resnet10"))
     assert common.run_jobs("pretraining", pretraining.jobs(OPTIONS), OPTIONS) == 0
-    assert capsys.readouterr().err.count("kept from an earlier run") == 3
+    assert capsys.readouterr().err.count("kept from an earlier run") == 4
 
 
 def test_every_method_has_its_point_of_every_length():
     options = argparse.Namespace(seeds=[0, 1], cases=list(METHODS))
     jobs = list(pretraining.jobs(options))
-    assert len({job.key for job in jobs}) == len(jobs) == 2 * (1 + len(METHODS) * len(pretraining.EPOCHS))
+    assert len({job.key for job in jobs}) == len(jobs) == 2 * (1 + 2 + len(METHODS) * len(pretraining.EPOCHS))
 
 
 def test_the_speed_of_all_loops_is_measured(monkeypatch):

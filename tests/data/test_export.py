@@ -115,6 +115,13 @@ def test_list_mode_writes_ids_that_open_as_a_list(image_folder, tmp_path):
     assert open_source(tmp_path / "out/clean.txt", root=image_folder).ids == tuple(KEEP)
 
 
+def test_a_list_is_read_again(image_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "write_lines_atomically", lambda path, lines: path.write_text("cat/0.png\n"))
+    with pytest.raises(DataError, match="the list does not read as it was written; clean again"):
+        clean_copy(open_source(image_folder), KEEP, tmp_path / "out", "list")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_list_source(image_folder, tmp_path):
     (tmp_path / "list.txt").write_text("images/cat/0.png\nimages/dog/1.png\n")
     clean_copy(open_source(tmp_path / "list.txt"), ["images/dog/1.png"], tmp_path / "out")

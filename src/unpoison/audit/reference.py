@@ -19,6 +19,7 @@ from torch import nn
 
 from unpoison.data.export import write_json_atomically
 from unpoison.encoders.encoder import Encoder
+from unpoison.encoders.weights import digest_of
 from unpoison.errors import ConfigError, DataError
 from unpoison.records import Verdict
 
@@ -31,6 +32,7 @@ __all__ = [
     "family_of",
     "fewest_references",
     "judge",
+    "key_of",
     "read_reference",
 ]
 
@@ -62,7 +64,7 @@ class ReferenceTable:
 
     Attributes:
         conditions: what they hold for.
-        mask_shares: by the fingerprint of the encoder's weights, in [0, 1]; 1 where no mask collapsed it.
+        mask_shares: by `key_of` the encoder, in [0, 1]; 1 where no mask collapsed it.
     """
 
     conditions: Conditions
@@ -84,6 +86,11 @@ class Judgement:
     p_value: float | None
     mask_shares: tuple[float, ...]
     reason: str = ""
+
+
+def key_of(encoder: Encoder) -> str:
+    """What a table knows an encoder by: its weights, whatever file holds them; the name of a function."""
+    return digest_of(encoder.network) if isinstance(encoder.network, nn.Module) else encoder.fingerprint
 
 
 def family_of(encoder: Encoder) -> str:
@@ -122,7 +129,7 @@ def judge(
         conditions: under which it was measured.
         tables: of clean encoders; those that fit are taken together.
         alpha: allowed share of clean encoders that are called backdoored.
-        fingerprint: of the audited weights, which are left out of the references.
+        fingerprint: of the audited encoder, by `key_of`; it is left out of the references.
     """
     fitting = [table for table in tables if _same(table.conditions, conditions)]
     if not fitting:

@@ -111,7 +111,7 @@ def audit(
     faithful: Annotated[
         bool,
         typer.Option(
-            "--faithful", help="DECREE with the published schedule; slower.", rich_help_panel=_SEARCH
+            "--faithful", help="DECREE as published: fewer passes, one random start.", rich_help_panel=_SEARCH
         ),
     ] = False,
     restarts: Annotated[
@@ -135,8 +135,15 @@ def audit(
         ),
     ] = None,
     sample: Annotated[
-        int, typer.Option(metavar="N", help="Images used at most.", rich_help_panel=_SEARCH, min=1)
-    ] = 512,
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Images used at most, a quarter of them held out; default: 512, with --faithful 1000.",
+            rich_help_panel=_SEARCH,
+            min=1,
+            show_default=False,
+        ),
+    ] = None,
     root: Root = None,
     follow_links: FollowLinks = False,
     seed: Seed = 0,

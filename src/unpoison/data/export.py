@@ -155,6 +155,8 @@ def clean_copy(
     with _folder_in_one_step(out, job) as partial:
         if mode == "list":
             write_lines_atomically(partial / "clean.txt", kept.ids)
+            if (partial / "clean.txt").read_bytes().decode().split("\n")[:-1] != list(kept.ids):
+                raise DataError(f"{out}: the list does not read as it was written; clean again")
             return CleanCopy(kept=len(kept.ids), removed=removed, copied=0, linked=0, bytes=0)
         linked = 0
         if isinstance(kept, ParquetSource):
