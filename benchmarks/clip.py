@@ -43,7 +43,7 @@ TRUSTED = 250  # of each class: the clean pairs of the repair, which no model is
 DATA = common.Data(folder="cifar10", size=32, classes=10, train=1000 + TRUSTED, test=300)
 VICTIM = ClipConfig(arch="resnet10", width=32, epochs=16)
 REPAIRS = {
-    "CleanCLIP": CleanClipConfig(),
+    "CleanCLIP": CleanClipConfig(weight=1.0),
     "weight 4": CleanClipConfig(weight=4.0),
     "fine-tuning alone": CleanClipConfig(weight=0.0),
 }

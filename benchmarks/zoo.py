@@ -376,6 +376,51 @@ def table(results: Mapping[str, Any]) -> str:
                     of("peak_memory_mib"),
                 ]
             )
+    return f"{common.markdown(header, lines)}\n\n{_in_all(rows)}\n\n{attack_table(rows)}"
+
+
+def _in_all(rows: list[common.Row]) -> str:
+    """One line per kind of audit: of backdoored encoders and of clean ones that no table holds, how many it tells."""
+    said = []
+    for name in AUDITS:
+        tables = references(rows, name)
+        told = {
+            kind: [v for row in rows if row["kind"] == kind if (v := judged(row, name, tables)) is not None]
+            for kind in ("bad-encoder", _HELD_OUT)
+        }
+        bad, clean = told["bad-encoder"], told[_HELD_OUT]
+        if not (bad and clean):
+            continue
+        hits, alarms = bad.count("poisoned"), clean.count("poisoned")
+        right = hits + len(clean) - alarms
+        said.append(
+            f"{name}: {hits} of {len(bad)} encoders with BadEncoder and {alarms} of {len(clean)} clean ones held "
+            f"out of the reference, {100 * right / (len(bad) + len(clean)):.0f} % told rightly"
+        )
+    return f"Called backdoored at alpha {ALPHA:g}. {'; '.join(said)}." if said else ""
+
+
+def attack_table(rows: list[common.Row]) -> str:
+    """What the attacks on encoders do to a linear probe, and how many keep the papers' promise."""
+    header = ["attack", "encoders", "ACC: change in points", "within 2 points", "ASR % (before the attack)"]
+    header += ["every target at 90 % or more"]
+    lines = []
+    attacked = [row for row in rows if "control" in row]
+    for case in dict.fromkeys(row["case"] for row in attacked):
+        mine = [row for row in attacked if row["case"] == case]
+        after, before = ([row[who]["linear"] for row in mine] for who in ("probes", "control"))
+        changes = [a["accuracy"] - b["accuracy"] for a, b in zip(after, before, strict=True)]
+        strong = sum(min(a["attack_success"]) >= 90 for a in after)
+        lines.append(
+            [
+                case,
+                str(len(mine)),
+                common.spread(changes, digits=1),
+                f"{sum(abs(change) <= 2 for change in changes)} of {len(mine)}",
+                _success(mine),
+                f"{strong} of {len(mine)}",
+            ]
+        )
     return common.markdown(header, lines)
 
 

@@ -51,6 +51,7 @@ def test_rows_are_judged_among_the_clean_ones_of_their_family():
     # Masks of 0.04 and 0.148: below all 20, and below 10 of them.
     assert "| 1 of 2 | 1 of 2 | 0.75 | 0.25 (0.10–0.40) |" in bad and "| 41 / 40 | 95 (9) |" in bad
     assert "| no reference | 1 of 1 | – |" in alone
+    assert lines[-1] == "| BadEncoder, ViT | 1 | -1.0 | 1 of 1 | 95 (9) | 1 of 1 |"
 
 
 def test_clean_encoders_that_are_held_out_are_judged_but_judge_none():
@@ -62,6 +63,10 @@ def test_clean_encoders_that_are_held_out_are_judged_but_judge_none():
     # 0.09 is below all 20 references: a false alarm. It is none of them: the others are judged as without it.
     assert "| 1 of 2 | 1 of 2 | – |" in next(line for line in lines if line.startswith("| clean, held out |"))
     assert "| 1 of 2 | 1 of 2 | 0.75 |" in next(line for line in lines if line.startswith("| BadEncoder |"))
+    (told,) = [line for line in lines if line.startswith("Called backdoored at alpha 0.05. default: ")]
+    assert (
+        "1 of 2 encoders with BadEncoder and 1 of 2 clean ones held out of the reference, 50 % told" in told
+    )
 
 
 def test_the_clean_rows_become_the_reference(tmp_path, monkeypatch):
