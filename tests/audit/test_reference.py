@@ -12,7 +12,10 @@ from unpoison.audit.reference import (
     judge,
     read_reference,
 )
+from unpoison.encoders.backbones import Architecture, build_backbone
+from unpoison.encoders.encoder import Encoder, Preprocessing
 from unpoison.errors import ConfigError, DataError
+from unpoison.records import Geometry
 
 HERE = Conditions(family="ResNet", image_size=32, settings={"gain": 0.99}, shadow="abc")
 TABLE = (ReferenceTable(HERE, {f"clean-{i}": 0.2 + 0.01 * i for i in range(19)}),)
@@ -131,3 +134,15 @@ def test_a_family_is_read_off_the_network_and_not_off_its_name():
     assert family_of(encoder) == "WhiteSquare of 1 parameters"
     encoder.network = lambda images: images
     assert family_of(encoder) == "function without parameters"
+
+
+def test_networks_that_look_at_full_resolution_are_a_family_of_their_own():
+    """The stems of stride 1 and 2 have the same weights, and what collapses their features differs."""
+
+    def family(stride):
+        network = build_backbone(Architecture(name="resnet10", image_size=32, width=4, stem_stride=stride))
+        return family_of(Encoder(network, Preprocessing(geometry=Geometry(32, 32)), device="cpu"))
+
+    usual, fine = family(None), family(1)
+    assert usual == family(2) and "at full resolution" not in usual
+    assert fine == f"{usual}, at full resolution"

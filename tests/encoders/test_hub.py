@@ -17,6 +17,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from unpoison.audit.decree import DecreeConfig
+from unpoison.audit_pipeline import audit
 from unpoison.encoders import hub
 from unpoison.encoders.checkpoints import load_encoder
 from unpoison.encoders.encoder import Encoder, Preprocessing
@@ -642,3 +644,15 @@ def test_an_open_clip_folder_without_weights_or_with_others_is_refused(tmp_path:
     weights.unlink()
     with pytest.raises(CheckpointError, match="holds no weights; expected open_clip_model.safetensors in it"):
         load(f"open_clip:{folder}")
+
+
+@pytest.mark.parametrize("library", ["hf", "open_clip"])
+def test_an_image_tower_of_either_library_is_audited(library: str, tmp_path: Path) -> None:
+    folder = (clip_folder if library == "hf" else open_clip_folder)(tmp_path / "clip")[1]
+    few = DecreeConfig(steps=2, restarts=1, scout_steps=1)
+    said = audit(
+        f"{library}:{folder}", config=few, out=tmp_path / "run", sample=32, device="cpu", precision="fp32"
+    )
+    assert said.verdict == "inconclusive"  # nobody has references of it
+    assert said.summary["image_size"] == 16 and "parameters" in said.summary["family"]
+    assert 0 < said.summary["mask_share"] <= 1 and (tmp_path / "run" / "report.html").is_file()

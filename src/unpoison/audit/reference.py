@@ -96,13 +96,17 @@ def key_of(encoder: Encoder) -> str:
 def family_of(encoder: Encoder) -> str:
     """Kind and number of parameters of a network, such as `ResNet of 2 775 264 parameters`.
 
-    Read off the network and not off its name, which anybody may choose.
+    Read off the network and not off its name, which anybody may choose. A network that sees its images at full
+    resolution is another family: the stride of a stem changes no number of parameters.
     """
     network = encoder.network
     kind = type(network).__name__
     if not isinstance(network, nn.Module):
         return f"{kind} without parameters"
-    return f"{kind} of {sum(p.numel() for p in network.parameters()):,} parameters".replace(",", " ")
+    count = f"{sum(p.numel() for p in network.parameters()):,}".replace(",", " ")
+    stem = next((module for module in network.modules() if isinstance(module, nn.Conv2d)), None)
+    at_full = stem is not None and stem.stride == (1, 1)
+    return f"{kind} of {count} parameters{', at full resolution' if at_full else ''}"
 
 
 def fewest_references(alpha: float) -> int:

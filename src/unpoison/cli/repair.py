@@ -362,7 +362,9 @@ def cleanclip(
     ] = None,
     weight: Annotated[
         float | None,
-        typer.Option(help="Of self-supervision beside CLIP's own loss; default: 4, published: 1.", show_default=False),
+        typer.Option(
+            help="Of self-supervision beside CLIP's own loss; default: 4, published: 1.", show_default=False
+        ),
     ] = None,
     only: Only = None,
     root: Root = None,
