@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ from unpoison.encoders.encoder import Encoder
 from unpoison.encoders.extract import extract_features
 from unpoison.errors import ConfigError, NoVerdictError
 from unpoison.functional.clustering import kmeans
+from unpoison.functional.matching import clearest_match
 from unpoison.records import (
     BenignPattern,
     Box,
@@ -63,6 +64,9 @@ GLOBAL_TRIGGERS = "triggers that cover the whole image (frequency, blended, warp
 _SECOND_LOOK_STEP = 100
 _SHARE_IN_ENCODER = 0.7
 """Of the seconds that `max_seconds` leaves after the clusters; cutting, pasting and the report take the others."""
+
+_SHOWN, _MATCHED_AT_ONCE = 8, 256
+"""Windows of a trigger that flagged images are compared with, and images at once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,8 +153,8 @@ def search_patches(bench: PatchBench, min_coverage: float, started: float) -> Sc
     ]
     harmless += find_benign_patterns(search.candidates, bench.images, [finalist for finalist, _ in steering])
     benign = tuple(_benign_pattern(bench, search, found) for found in harmless)
-    carried = _carried(features, clusters, triggers)
-    findings = _findings(bench, clusters, search, triggers, carried, probability, threshold)
+    patterns = [search.candidates.patches[finalist.core[:_SHOWN]] for finalist, _ in accepted]
+    findings = _findings(bench, clusters, search, triggers, patterns, probability, threshold)
     evidence = _evidence(bench, search)
     summary = _summary(bench, search, verdict, reason, findings, triggers, accepted, confirmations, started)
     summary["benign_patterns"] = [
@@ -482,16 +486,23 @@ def _benign_pattern(bench: PatchBench, search: _Search, found: BenignFinding) ->
     )
 
 
-def _carried(features: Features, clusters: Clusters, triggers: tuple[TriggerFinding, ...]) -> Tensor:
-    """The trigger of each image, if it carries one: (N,) int64 from 1. Poison lives where its trigger leads."""
+def _carried(
+    images: ImageSet, flagged: Tensor, triggers: tuple[TriggerFinding, ...], patterns: Sequence[Tensor]
+) -> Tensor:
+    """The trigger that each flagged image shows most clearly: (N,) int64 from 1, 0 for the others.
+
+    Not the one whose clusters are nearest: those of two triggers can lie side by side.
+    """
+    carried = torch.zeros(len(images), dtype=torch.int64)
     if not triggers:
-        return torch.zeros(len(features.ids), dtype=torch.int64)
-    nearness = [
-        (features.values @ clusters.centroids[list(trigger.target_clusters)].T).amax(dim=1)
-        for trigger in triggers
-    ]
-    carried = torch.stack(nearness).argmax(dim=0) + 1
-    row_of = {id_: row for row, id_ in enumerate(features.ids)}
+        return carried
+    rows = flagged.nonzero().flatten()
+    carried[rows] = 1
+    if len(triggers) > 1:
+        for part in torch.split(rows, _MATCHED_AT_ONCE):
+            shown = torch.stack([clearest_match(images.pixels[part], pattern) for pattern in patterns])
+            carried[part] = shown.argmax(dim=0) + 1
+    row_of = {id_: row for row, id_ in enumerate(images.ids)}
     for number, trigger in enumerate(triggers, start=1):
         carried[[row_of[source] for source in trigger.source_ids]] = number
     return carried
@@ -502,7 +513,7 @@ def _findings(
     clusters: Clusters,
     search: _Search,
     triggers: tuple[TriggerFinding, ...],
-    carried: Tensor,
+    patterns: Sequence[Tensor],
     probability: Tensor | None,
     threshold: float,
 ) -> pandas.DataFrame:
@@ -529,6 +540,8 @@ def _findings(
     else:
         table["poison_probability"] = probability.double().numpy()
         table["flagged"] = (table["poison_probability"] > threshold) | table["id"].isin(sources)
+    flagged = torch.tensor(table["flagged"].to_numpy(dtype=bool))
+    carried = _carried(images, flagged, triggers, patterns)
     table["trigger"] = pandas.Series(carried.numpy(), dtype="Int32").where(table["flagged"])
     table["skip_reason"] = None
     skipped = pandas.DataFrame(

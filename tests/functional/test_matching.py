@@ -10,7 +10,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unpoison.errors import ShapeError
-from unpoison.functional.matching import duplicate_images, patch_similarity, surroundings_similarity
+from unpoison.functional.matching import (
+    clearest_match,
+    duplicate_images,
+    patch_similarity,
+    surroundings_similarity,
+)
 from unpoison.functional.windows import crop_windows, paste_windows
 
 
@@ -196,3 +201,35 @@ def test_flat_surroundings_say_nothing() -> None:
     )
     images = paste_windows(images, pattern.expand(3, -1, -1, -1), corners)
     assert surroundings_similarity(images, corners, 8, 0).tolist() == [0, 0, 0]
+
+
+def naive_match(image: Tensor, pattern: Tensor) -> float:
+    side, best = pattern.shape[-1], -1.0
+    a = pattern.double().flatten() - pattern.double().mean()
+    for y in range(image.shape[-1] - side + 1):
+        for x in range(image.shape[-1] - side + 1):
+            b = image[:, y : y + side, x : x + side].double().flatten()
+            b = b - b.mean()
+            best = max(best, float(a @ b / (a.norm() * b.norm())))
+    return best
+
+
+def test_the_clearest_match_is_the_best_correlation_over_places_and_windows() -> None:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (3, 3, 12, 12), generator=generator).to(torch.uint8)
+    windows = torch.randint(0, 256, (2, 3, 5, 5), generator=generator).to(torch.uint8)
+    pixels[1, :, 4:9, 2:7] = windows[1]
+    found = clearest_match(pixels, windows)
+    expected = [max(naive_match(image, window) for window in windows) for image in pixels]
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float32), atol=1e-4, rtol=0)
+    assert found[1] == pytest.approx(1, abs=1e-4) and found[[0, 2]].max() < 0.8
+
+
+def test_flat_images_match_nothing_and_large_windows_are_made_smaller() -> None:
+    generator = torch.Generator().manual_seed(1)
+    window = torch.randint(0, 256, (1, 3, 6, 6), generator=generator).to(torch.uint8)
+    large = window.repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)  # 48 pixels in cells of 8
+    pixels = torch.full((2, 3, 160, 160), 90, dtype=torch.uint8)
+    pixels[1, :, 40:88, 72:120] = large[0]
+    flat, shown = clearest_match(pixels, large).tolist()
+    assert flat == 0 and shown == pytest.approx(1, abs=1e-3)

@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -22,6 +23,7 @@ import numpy as np
 import pandas as pd
 import torch
 from sklearn.metrics import roc_auc_score, roc_curve
+from torch import Tensor
 
 import unpoison
 from unpoison.attack.plan import Plan, Trigger
@@ -429,14 +431,38 @@ def measure_scan(result: ScanResult, plan: Plan, encoder: Encoder) -> list[Row]:
                 _row("iou", top.iou, at=top.k),
                 _row("catch_rate", top.catch_rate, at=top.k),
             ]
-    flagged = torch.tensor(result.findings["flagged"].to_numpy(dtype="bool", na_value=False).tolist())
-    for number in range(len(plan.triggers)):
-        mine = truth.trigger == number
-        share = float(flagged[mine].float().mean()) if bool(mine.any()) else None
-        rows.append(_row("trigger_recall", _percent(share), trigger=number))
+    rows += _by_trigger(result, truth, len(plan.triggers))
     for rate, found in _operating_points(result.findings, truth):
         rows.append(_row("true_positive_rate", 100 * found, at=rate))
     return rows
+
+
+def _by_trigger(result: ScanResult, truth: Truth, n_triggers: int) -> list[Row]:
+    """Each planted trigger laid beside the findings whose sources carry it."""
+    carries = dict(zip(map(str, result.findings["id"]), truth.trigger.tolist(), strict=True))
+    shows = [
+        Counter(carries[source] for source in finding.source_ids).most_common(1)[0][0]
+        for finding in result.triggers
+    ]
+    flagged = torch.tensor(result.findings["flagged"].to_numpy(dtype="bool", na_value=False).tolist())
+    listed = result.findings["trigger"]
+    rows = []
+    for number in range(n_triggers):
+        mine = truth.trigger == number
+        own = [place for place, shown in enumerate(shows, start=1) if shown == number]
+        caught = mine & flagged
+        on_list = torch.tensor(listed.isin(own).to_numpy(dtype="bool").tolist())
+        values = {
+            "trigger_recall": _percent(_share(flagged, mine)),
+            "trigger_findings": len(own),
+            "trigger_listed": _percent(_share(on_list, caught)),
+        }
+        rows += [_row(name, value, trigger=number) for name, value in values.items()]
+    return rows
+
+
+def _share(found: Tensor, among: Tensor) -> float | None:
+    return float(found[among].float().mean()) if bool(among.any()) else None
 
 
 def _row(

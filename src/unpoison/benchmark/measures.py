@@ -67,6 +67,12 @@ MEASURES = {
     "precision": Measure("precision", "%", "scan", 1, "flagged images that are poisoned"),
     "f1": Measure("F1", "%", "scan", 1, "harmonic mean of recall and precision"),
     "trigger_recall": Measure("recall per trigger", "%", "scan", 1, "recall of the images of each trigger"),
+    "trigger_findings": Measure(
+        "findings per trigger", "findings", "scan", 1, "those most of whose sources carry this trigger"
+    ),
+    "trigger_listed": Measure(
+        "listed rightly", "%", "scan", 1, "of its flagged images, those on the list of such a finding"
+    ),
     "said_poisoned": Measure("verdict poisoned", "%", "scan", 0, "scans with the verdict `poisoned`"),
     "triggers_found": Measure("triggers found", "triggers", "scan", 1, "confirmed findings of the scan"),
     "scored": Measure("scored", "images", "scan", 0, "examined one by one"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -9,7 +11,7 @@ from torch.nn import functional as F
 from unpoison.errors import ShapeError
 from unpoison.functional.windows import crop_windows
 
-__all__ = ["duplicate_images", "patch_similarity", "surroundings_similarity"]
+__all__ = ["clearest_match", "duplicate_images", "patch_similarity", "surroundings_similarity"]
 
 _FLAT = 4 / 255
 """Standard deviation, of values in [0, 1], below which a patch has no pattern to compare."""
@@ -147,6 +149,31 @@ def surroundings_similarity(images: Tensor, corners: Tensor, side: int, centre: 
             )
             around[better] = _masked_correlation(one, other, both, side**2 // 2)
     return around
+
+
+def clearest_match(pixels: Tensor, patterns: Tensor) -> Tensor:
+    """How clearly images show a pattern: largest normalised cross-correlation over places and over its windows.
+
+    Args:
+        pixels: (n, 3, S, S) uint8.
+        patterns: (m, 3, w, w) uint8, m of at least 1: windows of one pattern, w at most S. From 24 pixels on they are
+            made smaller by a whole factor, and so are the images, which then cost no more than small ones.
+
+    Returns:
+        (n,) float32 in [-1, 1]; flat places count as 0.
+    """
+    factor = max(1, patterns.shape[-1] // _COMPARED_SIDE)
+    scaled, known = (F.avg_pool2d(x.float() / 255, factor) for x in (pixels, patterns))
+    known = known - known.mean(dim=(1, 2, 3), keepdim=True)
+    known = known / known.flatten(1).norm(dim=1).clamp_min(1e-6)[:, None, None, None]
+    side, count = known.shape[-1], known[0].numel()
+    products = F.conv2d(scaled, known)
+    box = torch.ones(1, 3, side, side)
+    sums, squares = F.conv2d(scaled, box), F.conv2d(scaled.square(), box)
+    spread = (squares - sums.square() / count).clamp_min(0).sqrt()
+    least = _FLAT * math.sqrt(count)
+    correlation = torch.where(spread > least, products / spread.clamp_min(least), torch.zeros(()))
+    return correlation.amax(dim=(1, 2, 3)).clamp(-1, 1)
 
 
 def _masked_correlation(one: Tensor, other: Tensor, both: Tensor, least: int) -> Tensor:
