@@ -252,6 +252,19 @@ def test_several_triggers_have_their_own_recall_and_share_one_asr(tiny, tmp_path
     assert sorted(asr["trigger"]) == [0, 0, 0, 1, 1, 1] and len(results.rows) == 3
 
 
+def test_a_trigger_that_covers_the_image_is_planted_scanned_and_measured(tiny, tmp_path):
+    patch = "share_of_side = 0.25\nrate = 1.0\nmargin = 0.03125"
+    task = tiny(patch, 'rate = 1.0\nmethod = "ctrl"\nstrength = 200.0', "[0, 1]", "[0]")
+    results = run_benchmark(task, tmp_path / "out", device="cpu")
+    rows = [row for _, row in results.rows]
+    assert len(rows) == 3 and all(
+        row["settings"]["attack"]["method"] == "ctrl" and row["settings"]["attack"]["magnitude"] == 200
+        for row in rows
+    )
+    frame = pd.read_parquet(tmp_path / "out" / "results.parquet")
+    assert set(frame["measure"]) >= {"attack_success", "planted", "trigger_recall"}
+
+
 def test_a_study_of_searches_alone_probes_nothing(tiny, tmp_path):
     task = tiny("[data.digits]", "[evaluate]\nencoders = false\n[data.digits]", "[0, 1]", "[0]")
     results = run_benchmark(task, tmp_path / "out", device="cpu")

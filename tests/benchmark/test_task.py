@@ -3,6 +3,8 @@ from pathlib import Path
 
 import pytest
 
+from unpoison.attack.blended import SigConfig
+from unpoison.attack.ctrl import CtrlConfig
 from unpoison.benchmark.images import digest
 from unpoison.benchmark.task import AttackConfig, Cell, read_task
 from unpoison.errors import ConfigError
@@ -39,6 +41,38 @@ def test_grids_choose_by_name_and_by_family_and_count_a_cell_once(tiny):
 def test_targets_and_triggers_follow_the_seed():
     planned = AttackConfig(pairs=2, share_of_side=0.25).planned(1, 2, 32)
     assert planned.targets == (1, 0) and planned.triggers == ("seed:101", "seed:1101") and planned.size == 8
+
+
+def test_triggers_without_a_place_follow_the_seed_too():
+    def planned(**settings):
+        return AttackConfig(rate=0.1, **settings).planned(3, 2, 32)
+
+    assert planned(method="ctrl", strength=200.0) == CtrlConfig(
+        target=1, magnitude=200.0, rate=0.1, rate_of="class"
+    )
+    assert planned(method="sig") == SigConfig(target=1, rate=0.1, rate_of="class")
+    assert planned(method="blended").trigger == "seed:103"
+    own = planned(method="blended", targets=("cat",), triggers=("a.png",), strength=0.3)
+    assert (own.target, own.trigger, own.share) == ("cat", "a.png", 0.3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "badnet"}, "method='badnet': expected one of ssl-backdoor, ctrl, blended, sig"),
+        (
+            {"method": "ctrl", "size": 8, "margin": 0.1},
+            "ctrl covers the whole image: leave out size, margin",
+        ),
+        ({"method": "sig", "triggers": ("seed:1",)}, "sig has no pattern to choose: leave out triggers"),
+        ({"method": "blended", "targets": (0, 1)}, "blended has one target"),
+        ({"method": "ctrl", "strength": -1.0}, "magnitude=-1.0: expected a number in"),
+        ({"strength": 2.0}, "strength belongs to triggers that cover the image"),
+    ],
+)
+def test_attacks_whose_settings_do_not_fit_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        AttackConfig(**settings)
 
 
 @pytest.mark.parametrize(

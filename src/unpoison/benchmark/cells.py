@@ -14,6 +14,7 @@ import os
 import platform
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -26,8 +27,10 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor
 
 import unpoison
+from unpoison.attack.blended import BlendedConfig
 from unpoison.attack.plan import Plan, Trigger
-from unpoison.attack.ssl_backdoor import PatchAttackConfig, make_triggers, poison
+from unpoison.attack.ssl_backdoor import AttackConfig as PlannedAttack
+from unpoison.attack.ssl_backdoor import PatchAttackConfig, poison
 from unpoison.benchmark.images import Chosen, Split, choose, data_root, digest, first_of_each_class, load
 from unpoison.benchmark.measures import FALSE_POSITIVE_RATES, MEASURES, TOP
 from unpoison.benchmark.task import AttackConfig, Cell, DataConfig, DefenceConfig, Task
@@ -119,11 +122,15 @@ class Bench:
             return None
         return row if isinstance(row, dict) and row.get("schema") == CELL_SCHEMA else None
 
-    def attack(self, cell: Cell) -> PatchAttackConfig:
+    def attack(self, cell: Cell) -> PlannedAttack:
         """The attack of a cell, with the files of its triggers found."""
         config: AttackConfig = self.task.axes["attack"][cell.attack].config
         planned = config.planned(cell.seed, len(self.chosen(cell).class_names), self._data(cell).size)
-        return replace(planned, triggers=tuple(self._trigger_file(name) for name in planned.triggers))
+        if isinstance(planned, PatchAttackConfig):
+            return replace(planned, triggers=tuple(self._trigger_file(name) for name in planned.triggers))
+        if isinstance(planned, BlendedConfig):
+            return replace(planned, trigger=self._trigger_file(planned.trigger))
+        return planned
 
     def _trigger_file(self, name: str) -> str:
         if name.startswith("seed:"):
@@ -136,12 +143,17 @@ class Bench:
         )
 
     def _attack_key(self, cell: Cell) -> Row:
+        return self._described(
+            cell, lambda n: n if n.startswith("seed:") else hashlib.sha256(Path(n).read_bytes()).hexdigest()
+        )
+
+    def _described(self, cell: Cell, of_trigger: Callable[[str], str]) -> Row:
+        """The settings of a cell's attack, with something in place of the files of its triggers."""
         attack = self.attack(cell)
-        files = [
-            name if name.startswith("seed:") else hashlib.sha256(Path(name).read_bytes()).hexdigest()
-            for name in attack.triggers
-        ]
-        return {**asdict(attack), "triggers": files}
+        if isinstance(attack, PatchAttackConfig):
+            return {**asdict(attack), "triggers": [of_trigger(name) for name in attack.triggers]}
+        pictures = {"trigger": of_trigger(attack.trigger)} if isinstance(attack, BlendedConfig) else {}
+        return {"method": attack.method, **asdict(attack), **pictures}
 
     def _content(self, cell: Cell, may_decode: bool) -> list[str] | None:
         """What the bytes of training and test images are; noted, so that they are decoded once per change of files."""
@@ -185,8 +197,7 @@ class Bench:
             "key": key,
             "settings": {
                 "data": asdict(self._data(cell)),
-                "attack": self._attack_key(cell)
-                | {"triggers": [Path(t).name for t in self.attack(cell).triggers]},
+                "attack": self._described(cell, lambda name: Path(name).name),
                 "victim": asdict(self._victim(cell).resolve()),
                 "defence": asdict(self._defence(cell)),
                 "seed": cell.seed,
@@ -205,7 +216,7 @@ class Bench:
         defence, recipe = self._defence(cell), self._victim(cell)
         measured = replace(recipe, i_cutmix=True) if defence.i_cutmix else recipe
         train, test = self._splits(cell, progress)
-        triggers = make_triggers(self.attack(cell), train.class_names)
+        triggers = self.attack(cell).make_triggers(train.class_names)
         if defence.kind == "clean-trained":
             control = self._train(
                 self._train_key(cell, train), train.images, measured, cell.seed, seconds, progress

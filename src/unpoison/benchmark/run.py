@@ -157,7 +157,7 @@ def plan_benchmark(task: Task, out: str | Path, *, store: str | Path | None = No
             size = task.axes["data"][cell.data].config.size
             passes += expected_cost(defence.scan.resolve(n_images, size), n_images, size).expected
         if task.evaluate.encoders and defence.measures_encoder:
-            n_triggers = len(bench.attack(cell).triggers)
+            n_triggers = len(bench.attack(cell).make_triggers(chosen.class_names))
             passes += int(task.evaluate.labelled * n_images) + n_test * (1 + n_triggers)
         planned.append(PlannedCell(cell, done, training, 0 if done else passes))
     return planned

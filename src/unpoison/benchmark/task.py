@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
@@ -17,6 +17,9 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from unpoison.attack.blended import BlendedConfig, SigConfig
+from unpoison.attack.ctrl import CtrlConfig
+from unpoison.attack.ssl_backdoor import AttackConfig as PlannedAttack
 from unpoison.attack.ssl_backdoor import PatchAttackConfig
 from unpoison.benchmark.measures import MeasureName, nearest, read_measure
 from unpoison.data.views import ViewConfig
@@ -105,11 +108,24 @@ class DataConfig:
                 raise ConfigError(f"{name}={value}: expected at least {2 if name == 'classes' else 1}")
 
 
+_GLOBAL: dict[str, Callable[..., PlannedAttack]] = {
+    CtrlConfig.method: CtrlConfig,
+    BlendedConfig.method: BlendedConfig,
+    SigConfig.method: SigConfig,
+}
+_STRENGTH = {CtrlConfig.method: "magnitude", BlendedConfig.method: "share", SigConfig.method: "amplitude"}
+_OF_PATCHES = ("pairs", "size", "share_of_side", "margin", "resample")
+
+
 @dataclass(frozen=True, kw_only=True)
 class AttackConfig:
-    """The patch attack as a study plans it; see `attack.ssl_backdoor.PatchAttackConfig` for what is not said here.
+    """An attack on the images as a study plans it; what is not said here is in `attack.ssl_backdoor.PatchAttackConfig`.
 
     Attributes:
+        method: `ssl-backdoor` (patches), or a trigger that covers the image: `ctrl`, `blended` or `sig`, of which there
+            is one, without a size or a place.
+        strength: of such a trigger: CTRL's magnitude, the share of the blended picture, the amplitude of SIG; None
+            takes the attack's own.
         targets: class names or numbers; None follows the seed: pair i of seed s has class (s + i) mod n.
         triggers: `seed:N`, or image files beside the task file or below UNPOISON_DATA, one per target; None follows
             the seed: pair i of seed s has `seed:(100 + s + 1000 i)`. Fixed targets need fixed triggers.
@@ -128,9 +144,17 @@ class AttackConfig:
     rate_of: str = "class"
     margin: float = 0.25
     resample: str = "nearest"
+    method: str = PatchAttackConfig.method
+    strength: float | None = None
 
     def __post_init__(self) -> None:
-        if (self.targets is None) != (self.triggers is None):
+        if self.method != PatchAttackConfig.method:
+            self._check_global()
+        elif self.strength is not None:
+            raise ConfigError(
+                "strength belongs to triggers that cover the image; leave it out beside patches"
+            )
+        elif (self.targets is None) != (self.triggers is None):
             raise ConfigError(
                 "targets and triggers belong together: give both, or neither to follow the seed"
             )
@@ -144,8 +168,30 @@ class AttackConfig:
             raise ConfigError(f"share_of_side={self.share_of_side}: expected a share between 0 and 1")
         self.planned(0, 1000, 224)  # the attack's own checks, before anything runs
 
-    def planned(self, seed: int, n_classes: int, image_size: int) -> PatchAttackConfig:
+    def _check_global(self) -> None:
+        if self.method not in _GLOBAL:
+            known = ", ".join((PatchAttackConfig.method, *_GLOBAL))
+            raise ConfigError(f"method={self.method!r}: expected one of {known}")
+        of_patches = [name for name in _OF_PATCHES if getattr(self, name) != getattr(AttackConfig, name)]
+        if of_patches:
+            raise ConfigError(f"{self.method} covers the whole image: leave out {', '.join(of_patches)}")
+        if self.triggers is not None and self.method != BlendedConfig.method:
+            raise ConfigError(f"{self.method} has no pattern to choose: leave out triggers")
+        if any(named is not None and len(named) != 1 for named in (self.targets, self.triggers)):
+            raise ConfigError(f"{self.method} has one target: expected one of targets and triggers")
+
+    def _global(self, seed: int, n_classes: int) -> PlannedAttack:
+        settings: dict[str, Any] = {"target": seed % n_classes if self.targets is None else self.targets[0]}
+        if self.strength is not None:
+            settings[_STRENGTH[self.method]] = self.strength
+        if self.method == BlendedConfig.method:
+            settings["trigger"] = f"seed:{100 + seed}" if self.triggers is None else self.triggers[0]
+        return _GLOBAL[self.method](**settings, rate=self.rate, rate_of=self.rate_of)
+
+    def planned(self, seed: int, n_classes: int, image_size: int) -> PlannedAttack:
         """The attack of one seed on images of so many classes and pixels."""
+        if self.method != PatchAttackConfig.method:
+            return self._global(seed, n_classes)
         targets, triggers = self.targets, self.triggers
         if targets is None or triggers is None:
             targets = tuple((seed + pair) % n_classes for pair in range(self.pairs))
