@@ -362,6 +362,16 @@ def test_the_format_of_old_torch_versions_round_trips(tmp_path: Path) -> None:
     assert same_weights(tiny(path), network)
 
 
+def test_a_module_with_its_head_on_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    preprocessing = Preprocessing(geometry=Geometry(32, 32))
+    network = backbone()
+    as_encoder(network, preprocessing, device="cpu")
+    assert caplog.text == ""
+    network.fc = nn.Linear(64, 10)
+    as_encoder(network, preprocessing, device="cpu")
+    assert "ResNet ends in fc: if that is a classifier's head, put nn.Identity() in its place" in caplog.text
+
+
 def test_the_head_is_left_out_and_that_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "weights.pth"
     torch.save(LAYOUTS["plain"](dict(backbone().state_dict()), {}), path)

@@ -350,6 +350,14 @@ def as_encoder(
                 f"a {type(encoder).__name__} needs preprocessing=Preprocessing(geometry=..., mean=..., std=...): "
                 "wrong normalisation gives wrong features without any error"
             )
+        for name in ("fc", "head", "classifier"):
+            if isinstance(getattr(encoder, name, None), nn.Linear):
+                _LOG.warning(
+                    "%s ends in %s: if that is a classifier's head, put nn.Identity() in its place, for it is what "
+                    "comes before that is judged",
+                    type(encoder).__name__,
+                    name,
+                )
         return Encoder(
             _copied(encoder),
             preprocessing,
