@@ -82,8 +82,7 @@ class Case:
     def victim(self, seed: int) -> PretrainConfig:
         """The methods take turns over the seeds."""
         method = self.methods[seed % len(self.methods)]
-        epochs = 24 if self.attack == "ssl-backdoor" else 12
-        return PretrainConfig(method=method, arch=self.arch, width=self.width, epochs=epochs)
+        return PretrainConfig(method=method, arch=self.arch, width=self.width, epochs=12)
 
 
 _MAIN: dict[str, Any] = {"data": CIFAR, "arch": "resnet10", "width": 32, "methods": METHODS}
