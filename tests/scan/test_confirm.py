@@ -22,6 +22,7 @@ from unpoison.scan.confirm import (
     MIN_SOURCES,
     Confirmation,
     Finalist,
+    _show_part,
     binomial_tail,
     confirm,
     find_benign_patterns,
@@ -219,6 +220,19 @@ def test_a_pattern_behind_a_crowd_of_another_is_seen() -> None:
     patches[:50] = planted_pattern(1)
     found, images = windows(patches)
     assert [len(f.members) for f in find_finalists(found, descending(200), images, nowhere(found))] == [50]
+
+
+def test_a_pattern_that_shares_a_corner_with_the_crowd_is_another_one() -> None:
+    first, second = planted_pattern(1), planted_pattern(2)
+    corner = WINDOW // 2
+    second[..., :corner, :corner] = first[..., -corner:, -corner:]
+    patches = noise(200, WINDOW, seed=2)
+    patches[:130] = first
+    patches[[140, 150, 160, 170, 180, 190]] = second
+    assert bool(_show_part(second[None], first[None]).all())  # by that corner alone
+    found, images = windows(patches)
+    finalists = find_finalists(found, descending(200), images, nowhere(found))
+    assert [len(f.members) for f in finalists] == [120, 6]
 
 
 def test_several_patterns_the_most_frequent_first_and_no_more_than_asked() -> None:

@@ -208,7 +208,9 @@ def find_finalists(
         if not crowds:
             break
         for crowd in crowds:
-            free = free[~_show_part(candidates.patches[free], candidates.patches[crowd.members[:_KNOWN]])]
+            known = candidates.patches[crowd.members[:_KNOWN]]
+            # At the reach that gathers a group: another trigger may look like this one at a corner.
+            free = free[~_show_part(candidates.patches[free], known, reach=1 / 3)]
         scores, directions = candidates.flips.score("concentrated", candidates.own), directions[:0]
     return finalists[:most]
 
@@ -318,11 +320,14 @@ def _without_copies(members: list[int], copies: Tensor) -> list[int]:
     return distinct
 
 
-def _show_part(windows: Tensor, known: Tensor) -> Tensor:
-    """(n,) bool: which of (n, 3, w, w) windows show a part of a pattern, of which (m, 3, w, w) are known."""
+def _show_part(windows: Tensor, known: Tensor, *, reach: float = 0.6) -> Tensor:
+    """(n,) bool: which of (n, 3, w, w) windows show a part of a pattern, of which (m, 3, w, w) are known.
+
+    At a reach of 0.6 a corner is enough, and two grids of colours that share one are taken for each other.
+    """
     found = [torch.empty(0, dtype=torch.bool)]
     for part in torch.split(windows, _AT_ONCE):
-        both = patch_similarity(torch.cat((known, part)), reach=0.6, least=_PART_OF_PATTERN)
+        both = patch_similarity(torch.cat((known, part)), reach=reach, least=_PART_OF_PATTERN)
         found.append(both[: len(known), len(known) :].amax(dim=0) >= _PART_OF_PATTERN)
     return torch.cat(found)
 
