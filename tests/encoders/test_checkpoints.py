@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import io
 import json
 import os
 import pickle
 import tarfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -332,7 +335,39 @@ LAYOUTS: dict[str, Callable[[State, State], Any]] = {
         prefixed(other, "student.module.backbone.") | prefixed(state, "teacher.module.backbone.")
     ),
     "compiled": lambda state, _: {"model_state_dict": prefixed(state, "_orig_mod.")},
+    "barlow twins": lambda state, other: {"backbone": state, "head": {"weight": torch.ones(2)}},
+    "vissl": lambda state, _: {
+        "classy_state_dict": {
+            "base_model": {"model": {"trunk": prefixed(state, "_feature_blocks."), "heads": {}}}
+        }
+    },
+    "any words": lambda state, other: (
+        {"weights": prefixed(state, "my.own.network.") | prefixed(other, "twin.")} | {"step": 3}
+    ),
+    "cifar's resnets": lambda state, _: {
+        "net": {name.replace("downsample", "shortcut"): tensor for name, tensor in state.items()}
+        | head("linear")
+    },
+    "numbers and paths of other libraries": lambda state, _: {
+        "state_dict": prefixed(state, "module.encoder_q."),
+        "best": np.float64(71.3),
+        "history": np.arange(3),
+        "folder": Path("somewhere"),
+        "seen": collections.defaultdict(list, {"images": [1]}),
+    },
+    "options of its own class": lambda state, _: {
+        "state_dict": prefixed(state, "backbone."),
+        "hyper_parameters": Options(lr=0.1),
+    },
 }
+
+
+class Options(dict[str, float]):
+    """What a training script may store beside its weights: items, and attributes."""
+
+    def __init__(self, **values: float) -> None:
+        super().__init__(values)
+        self.frozen = True
 
 
 @pytest.mark.parametrize("layout", sorted(LAYOUTS))
@@ -509,6 +544,18 @@ class Trap:
         return self.function, (str(self.target),)
 
 
+def shout(_: str) -> None:
+    """No list of dangerous functions knows it."""
+    print("boom")
+
+
+class Shouting:
+    """Nor this class, whose call does something."""
+
+    def __init__(self, _: str) -> None:
+        print("boom")
+
+
 def torch_file(content: object, path: Path) -> None:
     torch.save(content, path)
 
@@ -540,12 +587,43 @@ def test_a_booby_trapped_file_is_refused_by_name_and_runs_nothing(
     assert crater.exists()
 
 
-def test_a_harmless_object_is_refused_by_name_too(tmp_path: Path) -> None:
+def test_a_whole_pickled_network_is_read_without_its_class(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, path = backbone(), tmp_path / "model.pth"
+    torch.save({"model": network}, path)
+    monkeypatch.setattr(type(network), "__setstate__", lambda *_: pytest.fail("its class was used"))
+    assert same_weights(tiny(path), network)
+
+
+@pytest.mark.parametrize("function", [shout, Shouting])
+def test_a_file_that_calls_what_nobody_knows_is_refused_by_name(
+    function: Callable[..., object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "model.pth"
-    torch.save({"model": nn.Linear(2, 2)}, path)
-    with pytest.raises(
-        CheckpointError, match=r"it needs more than tensors \(imports .*torch.nn.modules.linear.Linear"
-    ):
+    torch.save({"state_dict": dict(backbone().state_dict()), "trap": Trap(tmp_path, function)}, path)
+    with pytest.raises(CheckpointError, match=f"it would call .*{function.__name__} when loaded") as caught:
+        tiny(path)
+    assert "\n" not in str(caught.value) and capsys.readouterr().out == ""
+
+
+def test_dictionaries_in_themselves_end(tmp_path: Path) -> None:
+    content: dict[str, Any] = {f"{number}": {} for number in range(8)}
+    for key in content:
+        content[key] = content
+    deep: dict[str, Any] = {"conv1.weight": torch.ones(3)}
+    for _ in range(30):
+        deep = {f"{number}": deep for number in range(8)}
+    torch.save({"state_dict": content | {"deep": deep}}, path := tmp_path / "loop.pth")
+    with pytest.raises(CheckpointError, match="59 of the 60 weights|60 of the 60 weights"):
+        tiny(path)
+
+
+def test_a_torchscript_program_is_said_to_be_one(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)).save(str(path := tmp_path / "scripted.pt"))
+    with pytest.raises(CheckpointError, match="refused, it is a TorchScript program"):
         tiny(path)
 
 

@@ -1,7 +1,8 @@
 """Weights files: read as tensors only, never as code, and fitted to a network one by one.
 
 Whoever wrote a weights file may be the attacker. Files are read through safetensors or torch's restricted unpickler,
-every weight must have a place in the network and every place a weight.
+every weight must have a place in the network and every place a weight. Objects of unknown classes lose their class: what
+they hold is looked through for tensors.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import io
 import logging
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +83,11 @@ _HEADS = frozenset(
     {
         *("fc", "head", "heads", "head_dist", "last_layer", "classifier", "linear", "mlp", "g", "h"),
         *("projector", "projection", "projection_head", "predictor", "prediction_head", "contrastive_head"),
-        *("prototypes", "queue", "queue_ptr"),
+        *("prototypes", "queue", "queue_ptr", "mask_token", "masked_embed"),
+        *("decoder_embed", "decoder_pos_embed", "decoder_blocks", "decoder_norm", "decoder_pred"),
     }
 )
-"""First part of the names of everything that sits on a backbone during training and is no part of it."""
+"""First part of the names of everything that training puts on a backbone and that is no part of it."""
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -103,23 +106,64 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def unpickle_restricted(path: Path) -> Any:
-    """torch.load that knows tensors and plain containers only; argparse's bag of options is harmless and frequent.
+    """What torch wrote, by its restricted unpickler: nothing that the file names is imported or run.
+
+    Training scripts store objects of their own classes beside the weights, or a network whole. Such an object is read
+    as an `OrderedDict` of its items that has its attributes as attributes.
 
     Raises:
-        CheckpointError: the file asks for anything else, or is damaged.
+        CheckpointError: the file would call something else than what makes tensors or plain values, or is damaged.
     """
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
-            warnings.simplefilter(
-                "ignore"
-            )  # torch comments on old formats, which is nothing a user can act on
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        return _load(path, [argparse.Namespace])
     except Exception as error:  # the file's author decides what goes wrong in there, so nothing may escape
-        raise CheckpointError(f"{path}: {_why_refused(path, error)}") from error
+        dangerous, unknown = _imports(path)
+        why = _why_refused(error, dangerous, unknown)
+        if unknown and not dangerous:
+            try:
+                return _load(path, _placeholders(path))
+            except _CallRefusedError as refused:
+                why = f"refused, it would call {refused} when loaded; ask for its weights as .safetensors"
+            except Exception:
+                pass  # said by the first error
+        raise CheckpointError(f"{path}: {why}") from error
 
 
-def _why_refused(path: Path, error: Exception) -> str:
-    """What the file would have imported, found by reading its pickle without running it."""
+def _load(path: Path, known: list[Any]) -> Any:
+    with warnings.catch_warnings(), torch.serialization.safe_globals(known):
+        warnings.simplefilter("ignore")  # torch comments on old formats, which is nothing a user can act on
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+
+
+class _CallRefusedError(Exception):
+    """Its message is the name of what a file would call."""
+
+
+class _Placeholder(type):
+    """What stands for a class or function that a file names: it makes empty objects, and does nothing when called."""
+
+    def __call__(cls, *_arguments: Any) -> Any:
+        name = cls.__name__
+        if name == "collections.defaultdict":
+            return OrderedDict()
+        if name.startswith(_VALUES):
+            return object.__new__(cls)  # type: ignore[arg-type]  # a class, as all metaclasses' instances
+        raise _CallRefusedError(printable(name))
+
+
+_VALUES = ("numpy.", "pathlib.", "datetime.", "_codecs.encode")
+"""How the names begin that files call to make a number, a path or a date: dropped, since no weight is among them."""
+
+
+def _placeholders(path: Path) -> list[tuple[type, str]]:
+    """One for every name that the unpickler would not look up. An object is made by a class without a call."""
+    members: dict[str, Any] = {"__new__": lambda *_: OrderedDict(), "__setstate__": lambda *_: None}
+    names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    return [(_Placeholder(name, (), members), name) for name in names]
+
+
+def _imports(path: Path) -> tuple[list[str], list[str]]:
+    """What a pickle would import that can run code, and what is just unknown; found by reading it, not running it."""
     try:
         # Its own log lines would repeat what our one line says.
         with _silenced(logging.getLogger("picklescan")):
@@ -132,14 +176,19 @@ def _why_refused(path: Path, error: Exception) -> str:
     except Exception:
         found = []
     level = picklescan.scanner.SafetyLevel
-    for kinds, meaning in (
-        ((level.Dangerous,), "refused, it would run code when loaded"),
-        ((level.Suspicious,), "refused, it needs more than tensors"),
-    ):
-        names = sorted({f"{item.module}.{item.name}" for item in found if item.safety in kinds})
-        if names:
-            shown = ", ".join(printable(name) for name in names[:3]) + (", …" if len(names) > 3 else "")
-            return f"{meaning} (imports {shown}); ask for its weights as .safetensors"
+    dangerous, unknown = (
+        sorted({f"{item.module}.{item.name}" for item in found if item.safety == kind})
+        for kind in (level.Dangerous, level.Suspicious)
+    )
+    return dangerous, unknown
+
+
+def _why_refused(error: Exception, dangerous: list[str], unknown: list[str]) -> str:
+    if names := dangerous or unknown:
+        meaning = "it would run code when loaded" if dangerous else "it needs more than tensors"
+        if any(name.startswith("__torch__.") for name in names):
+            meaning = "it is a TorchScript program"
+        return f"refused, {meaning} (imports {few(names)}); ask for its weights as .safetensors"
     # By its kind, too: the unpickler's own words are often a bare number.
     said = f"{type(error).__name__}: {first_line(error)}"
     return f"not a readable weights file ({said}); expected .safetensors, or weights saved by torch.save"
@@ -164,16 +213,37 @@ def _named_tensors(path: Path, content: Any) -> dict[str, Tensor]:
         if inner is None:
             break
         content = inner
-    tensors = (
-        {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
-        if isinstance(content, Mapping)
-        else {}
-    )
+    tensors = dict(_flattened(content))
     if not tensors:
         raise CheckpointError(
             f"{path}: holds no named tensors; expected a state dictionary, alone or under {', '.join(_WRAPPERS[:3])}"
         )
     return tensors
+
+
+def _flattened(content: Any) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in dictionaries within dictionaries under its dotted name; of a whole pickled module, too."""
+    seen: set[int] = set()  # the file's author may nest a dictionary in itself
+
+    def walk(value: Any, name: str, depth: int) -> Iterator[tuple[str, Tensor]]:
+        if isinstance(value, Tensor) and name:
+            yield name, value
+        if not isinstance(value, Mapping) or id(value) in seen or depth > _DEEPEST:
+            return
+        seen.add(id(value))
+        inside = f"{name}." if name else ""
+        for key, item in value.items():
+            if isinstance(key, str):
+                yield from walk(item, inside + key, depth + 1)
+        for key, item in getattr(value, "__dict__", {}).items():
+            structural = key in ("_modules", "_parameters", "_buffers")
+            yield from walk(item, name if structural else f"{inside}{key}", depth + 1)
+
+    return walk(content, "", 0)
+
+
+_DEEPEST = 40
+"""Levels of dictionaries that are looked into; a module within modules takes two of them."""
 
 
 # --- Weights to places -----------------------------------------------------------------------------------------------
@@ -242,14 +312,23 @@ def _match_layout(
     """The weights under the layout that fits the expected names best, with that layout's names."""
     unwrapped = {_without_wrappers(name): tensor for name, tensor in tensors.items()}
     best: tuple[int, dict[str, Tensor], str] = (-1, {}, "")
-    for prefix, layout in _LAYOUTS:
+    for prefix, layout in (*_LAYOUTS, *_other_layouts(unwrapped)):
         inside = {k.removeprefix(prefix): v for k, v in unwrapped.items() if k.startswith(prefix)}
+        if len(inside) <= best[0]:
+            continue
         for numbers in _NUMBERED:
-            renamed = {_renumbered(name, numbers): tensor for name, tensor in inside.items()}
+            renamed = {_renamed(name, numbers, expected): tensor for name, tensor in inside.items()}
             fits = sum(name in expected for name in renamed)
             if fits > best[0]:
                 best = (fits, renamed, layout)
     return best[1], best[2]
+
+
+def _other_layouts(names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Every prefix of the names, in their order, as a layout that is called by it."""
+    parts = (name.split(".") for name in names)
+    prefixes = dict.fromkeys(".".join(part[:end]) for part in parts for end in range(1, len(part)))
+    return ((f"{prefix}.", printable(prefix)) for prefix in prefixes)
 
 
 def _without_wrappers(name: str) -> str:
@@ -262,9 +341,11 @@ def _without_wrappers(name: str) -> str:
     return ".".join([p for p in parts[:3] if p not in ("module", "_orig_mod")] + parts[3:])
 
 
-def _renumbered(name: str, numbers: dict[str, str]) -> str:
+def _renamed(name: str, numbers: dict[str, str], expected: Mapping[str, Tensor]) -> str:
     first, dot, rest = name.partition(".")
-    return numbers.get(first, first) + dot + rest
+    name = numbers.get(first, first) + dot + rest
+    # The ResNets that are written for CIFAR call it so.
+    return name if name in expected else name.replace(".shortcut.", ".downsample.")
 
 
 def _explain_shapes(name: str, got: Tensor, expected: Tensor, arch: str) -> str:
