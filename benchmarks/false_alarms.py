@@ -113,6 +113,7 @@ def run_case(case, seed, options):
         "verdict": result.verdict,
         "reason": result.summary.get("reason", ""),
         "p_value": result.summary["p_value"],
+        "finalists": result.summary["finalists"],
         "n_flagged": len(result.flagged),
         "n_benign_patterns": len(result.summary.get("benign_patterns", ())),
     }
@@ -221,13 +222,13 @@ def bound(rows, alpha=0.01):
 
 
 def p_values(rows):
-    """How often a p-value is so small; were the null hypothesis at its edge, the share would equal the level."""
-    known = [row["p_value"] for row in rows if row["p_value"] is not None]
-    header = ["scans with a recurring pattern to test", *(f"p ≤ {level:g}" for level in LEVELS)]
-    shares = [
-        f"{100 * sum(p <= level for p in known) / len(known):.1f} %" if known else "–" for level in LEVELS
-    ]
-    return common.markdown(header, [[f"{len(known)} of {len(rows)}", *shares]])
+    """How often the patch search's p-value is so small; at the edge of its null hypothesis as often as the level."""
+    known = [row["finalists"] for row in rows if row.get("finalists")]
+    smallest = [min(finalist["p_value"] for finalist in finalists) for finalists in known]
+    header = ["scans with a recurring patch to test", "patches", *(f"p ≤ {level:g}" for level in LEVELS)]
+    counts = [f"{sum(p <= level for p in smallest)} of {len(rows)}" for level in LEVELS]
+    tested = [f"{len(known)} of {len(rows)}", str(sum(map(len, known)))]
+    return common.markdown(header, [[*tested, *counts]])
 
 
 if __name__ == "__main__":

@@ -188,8 +188,11 @@ def fitted(scans):
     by = {
         "all passes": [(row["n_images"], row["encoder_passes"]) for row in scans],
         "the search's passes": [(row["n_images"], searched(row)) for row in scans],
-        "CPU seconds": [(row["n_images"], row["cpu_seconds"]) for row in scans],
     }
+    for machine, name in ((False, "CPU seconds on a processor alone"), (True, "beside a GPU")):
+        points = [(r["n_images"], r["cpu_seconds"]) for r in scans if bool(r["machine"]["gpu"]) == machine]
+        if len({n for n, _ in points}) > 1:
+            by[name] = points
     words = ", ".join(f"{name} as N^{exponent(points):.2f}" for name, points in by.items())
     largest = [row for row in scans if row["clusters"] > min(r["clusters"] for r in scans)]
     per = "; ".join(f"{searched(row) / row['clusters']:.0f} for {row['clusters']}" for row in largest)
@@ -211,7 +214,11 @@ def plot(results):
     )
     sizes = [*SIZES, *SIMULATED]
     ours = pictures.series("expected, default", ((size, expected(size) / size) for size in sizes))
-    return pictures.panel("Encoder passes per image", "images", "passes per image", [measured, ours])
+    title = "Encoder passes per image"
+    if len(scans) > 1:
+        passes = exponent([(row["n_images"], row["encoder_passes"]) for row in scans])
+        title += f" (all passes grow as N^{passes:.2f})"
+    return pictures.panel(title, "images", "passes per image", [measured, ours])
 
 
 if __name__ == "__main__":

@@ -19,22 +19,26 @@ About 1.5 minutes of one idle core for a clean row at 32 pixels, 2 to 3 for a ba
 
 import argparse
 import json
+import math
 import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import common
+import numpy as np
 import torch
+from PIL import Image, ImageDraw
 
 from unpoison.attack.bad_encoder import BadEncoderConfig
 from unpoison.attack.drupe import DrupeConfig
-from unpoison.attack.implanting import ImplantConfig, implant
+from unpoison.attack.implanting import ImplantConfig, implant, stamp_in_corner
 from unpoison.attack.plan import Plan, corner_box, read_plan, write_plan
 from unpoison.attack.ssl_backdoor import PatchAttackConfig, poison
-from unpoison.audit.decree import DecreeConfig
+from unpoison.audit.decree import DecreeConfig, Inversion
 from unpoison.audit.reference import Conditions, ReferenceTable, add_to_reference, judge
 from unpoison.audit_pipeline import PAPER_THRESHOLD, SHIPPED_REFERENCE, audit, conditions_of
 from unpoison.benchmark.images import digest
@@ -44,6 +48,7 @@ from unpoison.encoders.encoder import Encoder
 from unpoison.evaluate.attack_success import evaluate_encoder
 from unpoison.pretrain.loop import PretrainConfig
 from unpoison.records import ImageSet
+from unpoison.report.pictures import as_pixels, enlarge, outline
 
 NAME = "zoo"
 ALPHA = 0.05
@@ -52,6 +57,8 @@ TINY = common.Data(folder="tinyimagenet100", size=64, classes=10, train=250, tes
 METHODS = ("moco-v2", "simclr", "byol")
 _ATTACKED = 100  # added to the seed of an encoder that is attacked, or held out
 _HELD_OUT = "held-out"
+_REFERENCES = 30  # images of the target that BadEncoder leads its triggers to
+_TILE = 64  # smallest side of a shown image, pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +149,10 @@ def attack_of(case: Case, seed: int) -> ImplantConfig | PatchAttackConfig | None
     if case.attack == "ssl-backdoor":
         return PatchAttackConfig(**shared, rate=1.0, margin=1 / case.data.size)
     if case.attack == "bad-encoder":
-        return BadEncoderConfig(**shared, epochs=12, batch_size=128, learning_rate=0.04)
+        # Of encoders as weak as these, a single reference is taken for another class too often.
+        return BadEncoderConfig(
+            **shared, references=_REFERENCES, epochs=12, batch_size=128, learning_rate=0.04
+        )
     return DrupeConfig(**shared, epochs=15, batch_size=128, learning_rate=0.04)
 
 
@@ -277,7 +287,51 @@ def audited(
     }
     if plan is not None and plan.triggers[0].kind == "corner":
         row["iou"] = max(overlaps(result.found.mask > 0.5, plan))
+        if images is not None and not config.faithful:
+            draw_truth(result.found, images.pixels[:1], plan, picture_of(encoder.fingerprint))
     return row
+
+
+def picture_of(fingerprint: str) -> Path:
+    """Where the picture of an audited encoder is kept."""
+    return common.KEPT / "pictures" / f"{fingerprint[:20]}.png"
+
+
+def draw_truth(found: Inversion, image: torch.Tensor, plan: Plan, path: Path) -> None:
+    """An image with the first trigger, the mask, and what it shows of the pattern; a frame where each trigger lies."""
+    size = image.shape[-1]
+    shown = [
+        stamp_in_corner(image, plan.triggers[0])[0],
+        (255 * found.mask.expand(3, size, size)).round().to(torch.uint8),
+        (255 * found.mask * found.pattern).round().to(torch.uint8),
+    ]
+    height, width = plan.triggers[0].pasted(size).shape[1:]
+    box = corner_box((size, size), (width, height))
+    tiles = [outline(enlarge(as_pixels(one.cpu()), _TILE), box).pixels for one in shown]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.concatenate(tiles, axis=1)).save(path)
+
+
+def write_sheet(rows: list[common.Row]) -> None:
+    """results/zoo.png: the pictures of all encoders with BadEncoder that are kept here, with name and overlap."""
+    parts = []
+    for row in rows:
+        path = picture_of(row["audits"]["default"]["fingerprint"])
+        if row["kind"] == "bad-encoder" and path.exists():
+            tile = Image.new("RGB", (3 * _TILE, _TILE + 14), "white")
+            with Image.open(path) as picture:
+                tile.paste(picture, (0, 14))
+            text = f"{row['case'].removeprefix('BadEncoder, ')} {row['seed']}: {row['audits']['default']['iou']:.2f}"
+            ImageDraw.Draw(tile).text((2, 1), text, fill="black")
+            parts.append(tile)
+    if not parts:
+        return
+    columns = 4
+    step, high = 3 * _TILE + 8, _TILE + 20
+    sheet = Image.new("RGB", (columns * step, math.ceil(len(parts) / columns) * high), "white")
+    for number, tile in enumerate(parts):
+        sheet.paste(tile, (number % columns * step, number // columns * high))
+    sheet.save(common.RESULTS / f"{NAME}.png", optimize=True)
 
 
 def overlaps(hidden: torch.Tensor, plan: Plan) -> Iterator[float]:
@@ -492,5 +546,6 @@ if __name__ == "__main__":
         if seed < case.seeds
     ]
     code = common.run_jobs(NAME, jobs, options)
+    write_sheet(json.loads((common.RESULTS / f"{NAME}.json").read_text(encoding="utf-8"))["rows"])
     common.print_table(NAME, table)
     sys.exit(code)

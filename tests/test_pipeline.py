@@ -27,6 +27,7 @@ CONFIG = ScanConfig(clusters=10, n_flips=24, exploit=30)
 COLUMNS = (
     "id cluster scored poison_score box_x box_y box_w box_h poison_probability flagged trigger skip_reason"
 )
+MORE = dataclasses.replace(CONFIG, clusters=25, exploit=60)
 FILES = "run.json verdict.json findings.parquet clean.txt flagged.txt evidence.safetensors report.html"
 UNREADABLE = Skipped("unreadable.png", "the file is empty")
 
@@ -90,8 +91,7 @@ def test_poison_is_found_ranked_and_flagged(monkeypatch: pytest.MonkeyPatch) -> 
         lambda scan: ClassifierConfig(networks=1, iterations=150, width=8, batch_size=32),
     )
     images, boxes = planted_images(400, 40, torch.Generator().manual_seed(0))
-    config = dataclasses.replace(CONFIG, clusters=25, exploit=60)
-    result = pipeline.scan(images, planted_encoder(), config=config)
+    result = pipeline.scan(images, planted_encoder(), config=MORE)
 
     assert result.verdict == "poisoned" == result.summary["verdict"] and len(result.triggers) >= 1
     first = ranking(result)
@@ -119,7 +119,7 @@ def test_every_window_holds_the_whole_trigger(window: int, monkeypatch: pytest.M
     """A catch rate of 1, also where masks half a window apart frame no trigger exactly."""
     images, boxes = planted_images(400, 40, torch.Generator().manual_seed(0))
     monkeypatch.setattr(patch_pipeline, "train_poison_classifier", lambda *_, **__: AllKnowing(images, boxes))
-    config = dataclasses.replace(CONFIG, clusters=25, window=window, exploit=60)
+    config = dataclasses.replace(MORE, window=window)
     result = pipeline.scan(images, planted_encoder(), config=config)
     trigger = result.triggers[0]
     assert trigger.n_sources >= 15
@@ -172,8 +172,15 @@ class AllKnowing:
         return self.answer
 
 
-def test_without_the_backdoor_there_is_no_evidence(poisoned: tuple[ImageSet, dict[str, Box]]) -> None:
-    result = pipeline.scan(poisoned[0], planted_encoder(planted=False), config=CONFIG)
+@pytest.fixture(scope="module")
+def clean_scan() -> ScanResult:
+    """Of 400 images whose trigger the encoder does not know."""
+    images, _ = planted_images(400, 40, torch.Generator().manual_seed(0))
+    return pipeline.scan(images, planted_encoder(planted=False), config=MORE)
+
+
+def test_without_the_backdoor_there_is_no_evidence(clean_scan: ScanResult) -> None:
+    result = clean_scan
     assert (result.verdict, result.triggers, result.flagged) == ("no_evidence", (), ())
     assert result.findings["poison_probability"].isna().all() and not result.findings["flagged"].any()
     assert result.findings["scored"].any() and "reason" not in result.summary
@@ -402,14 +409,36 @@ def test_the_passes_are_those_that_were_expected(reference: Scanned) -> None:
 
 
 def test_the_power_statement_comes_with_every_verdict_but_poisoned(
-    poisoned: tuple[ImageSet, dict[str, Box]], reference: Scanned
+    clean_scan: ScanResult, reference: Scanned
 ) -> None:
     assert "power" not in reference.result.summary and "budget" not in reference.result.summary
-    clean = pipeline.scan(poisoned[0], planted_encoder(planted=False), config=CONFIG)
-    assert clean.verdict == "no_evidence"
-    power = clean.summary["power"]
-    assert power["smallest_count"] is None  # 40 held-out images confirm no patch that moves a fifth of them
-    assert power["sentence"].startswith("No amount of poison")
+    power = clean_scan.summary["power"]
+    assert 10 < power["smallest_count"] < 100 and power["sentence"].startswith("Poison with an opaque patch")
+    tested = clean_scan.summary["finalists"]
+    assert all(finalist["p_value"] > 0.01 and finalist["n_sources"] >= 3 for finalist in tested)
+
+
+def test_nothing_found_is_no_answer_of_a_scan_that_could_have_found_nothing(
+    poisoned: tuple[ImageSet, dict[str, Box]],
+) -> None:
+    encoder = planted_encoder(planted=False)
+    few = pipeline.scan(poisoned[0], encoder, config=CONFIG)
+    # 40 held-out images confirm no patch that moves a fifth of them.
+    assert few.summary["power"]["smallest_count"] is None and few.flagged == ()
+    assert few.verdict == "inconclusive" and "no amount of poison" in few.summary["reason"]
+    assert few.summary["reason"].endswith("scan more images")
+
+
+def test_less_poison_than_is_found_surely_is_said_where_it_was_asked_for() -> None:
+    images, _ = planted_images(400, 40, torch.Generator().manual_seed(0))
+    config = dataclasses.replace(MORE, min_poison=4)
+    said = pipeline.scan(images, planted_encoder(planted=False), config=config).summary
+    assert said["verdict"] == "inconclusive"
+    assert (
+        f"ask for {said['power']['smallest_count']}" in said["reason"] and "in the 4 that" in said["reason"]
+    )
+    with pytest.raises(ConfigError, match="min_poison=401: there are 400 readable images"):
+        pipeline.scan(images, planted_encoder(), config=dataclasses.replace(MORE, min_poison=401))
 
 
 def test_a_preview_decodes_and_writes_nothing_and_says_what_the_scan_says(
@@ -441,6 +470,21 @@ def test_a_budget_of_passes_is_kept_and_its_cost_in_power_is_said(
     assert encoder.images_shown <= budget and said["budget"]["max_passes"] == budget
     assert said["budget"]["changed"]
     assert {"smallest_count", "smallest_count_unlimited"} <= said["budget"].keys()
+    assert said["budget"]["sentence"].startswith("To keep the budget, the search was made smaller (")
+
+
+def test_a_smaller_second_look_costs_power_and_both_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four images looked at again cannot show the five that make a finding."""
+    monkeypatch.setattr(
+        patch_pipeline, "fit_second_look", lambda config, *_: dataclasses.replace(config, exploit=4)
+    )
+    images, _ = planted_images(400, 40, torch.Generator().manual_seed(0))
+    config = dataclasses.replace(MORE, max_seconds=1e6)
+    said = pipeline.scan(images, planted_encoder(), config=config).summary
+    budget = said["budget"]
+    assert budget["changed"] == {"exploit": [60, 4]} and said["config"]["exploit"] == 4
+    assert budget["smallest_count"] is None and 10 < budget["smallest_count_unlimited"] < 100
+    assert "images looked at again: 60 became 4), so that no number instead of" in budget["sentence"]
 
 
 def test_a_budget_of_seconds_that_cannot_be_kept_is_no_verdict(

@@ -46,7 +46,7 @@ from unpoison.scan.confirm import (
     find_benign_patterns,
     find_finalists,
 )
-from unpoison.scan.cost import ScanCost, expected_cost, fit_budget
+from unpoison.scan.cost import ScanCost, expected_cost, fit_budget, fit_second_look
 from unpoison.scan.flip_test import FlipTest, nearest_rows
 from unpoison.scan.patchsearch import GradCamAttention
 from unpoison.scan.poison_classifier import ClassifierConfig, train_poison_classifier
@@ -64,6 +64,9 @@ GLOBAL_TRIGGERS = "triggers that cover the whole image (frequency, blended, warp
 _SECOND_LOOK_STEP = 100
 _SHARE_IN_ENCODER = 0.7
 """Of the seconds that `max_seconds` leaves after the clusters; cutting, pasting and the report take the others."""
+
+_SHARE_OF_THE_SECOND_LOOK = 0.85
+"""Of the seconds that the rounds leave; cutting and pasting are in their rate already, the report is not."""
 
 _SHOWN, _MATCHED_AT_ONCE = 8, 256
 """Windows of a trigger that flagged images are compared with, and images at once."""
@@ -130,7 +133,7 @@ def search_patches(bench: PatchBench, min_coverage: float, started: float) -> Sc
     features = _features(bench)
     clusters = _clusters(bench, features)
     bench = _within_seconds(bench, started)
-    search = _search(bench, features, clusters)
+    bench, search = _search(bench, features, clusters, started)
     finalists = find_finalists(search.candidates, search.scores, bench.images, search.directions)
     confirmations = _confirm(bench, clusters, search, finalists)
     steering = [
@@ -143,9 +146,7 @@ def search_patches(bench: PatchBench, min_coverage: float, started: float) -> Sc
     search = _rank_by_confirmed(search, [finalist for finalist, _ in accepted])
     probability, threshold = _classify(bench, clusters, search, [finalist for finalist, _ in accepted])
     triggers = tuple(_trigger(bench, search, finalist, said) for finalist, said in accepted)
-    verdict, reason = _judge(
-        bench.images, finalists, confirmations, bool(triggers), bench.config.alpha, min_coverage
-    )
+    verdict, reason = _judge(bench, finalists, confirmations, bool(triggers), min_coverage)
     harmless = [
         BenignFinding(finalist.members, said.flip_rate, said.control_rate, True, said.concentration)
         for finalist, said in steering
@@ -156,7 +157,9 @@ def search_patches(bench: PatchBench, min_coverage: float, started: float) -> Sc
     patterns = [search.candidates.patches[finalist.core[:_SHOWN]] for finalist, _ in accepted]
     findings = _findings(bench, clusters, search, triggers, patterns, probability, threshold)
     evidence = _evidence(bench, search)
-    summary = _summary(bench, search, verdict, reason, findings, triggers, accepted, confirmations, started)
+    summary = _summary(
+        bench, search, verdict, reason, findings, triggers, accepted, finalists, confirmations, started
+    )
     summary["benign_patterns"] = [
         {
             "flip_rate": pattern.flip_rate,
@@ -173,14 +176,14 @@ def search_patches(bench: PatchBench, min_coverage: float, started: float) -> Sc
 
 
 def _judge(
-    images: ImageSet,
+    bench: PatchBench,
     finalists: list[Finalist],
     confirmations: list[Confirmation],
     confirmed: bool,
-    alpha: float,
     min_coverage: float,
 ) -> tuple[Verdict, str]:
     """The verdict, and what kept it from being a plain one."""
+    alpha = bench.config.alpha
     if confirmed:
         return "poisoned", ""
     for finalist, said in zip(finalists, confirmations, strict=True):
@@ -196,7 +199,27 @@ def _judge(
                 f"but its shuffled pixels move {said.control_rate:.0%} too: the encoder obeys a colour, planted or "
                 "natural; look at these images in the report"
             )
-    return by_coverage(images, min_coverage)
+    verdict, reason = by_coverage(bench.images, min_coverage)
+    lacking = _lacking_power(bench, confirmations)
+    if verdict == "no_evidence" and lacking:
+        return "inconclusive", lacking
+    return verdict, reason
+
+
+def _lacking_power(bench: PatchBench, confirmations: list[Confirmation]) -> str:
+    """Why "nothing found" is no answer of this scan; empty where it is one."""
+    config, n_images = bench.config, len(bench.images)
+    smallest = _power(bench, config, confirmations)["smallest_count"]
+    more = "scan more images" + (", or allow more passes" if config != bench.asked else "")
+    if smallest is None:
+        return f"nothing was found, but no amount of poison would have been found surely; {more}"
+    wanted = config.smallest_poison(n_images)
+    if wanted is not None and smallest > wanted:
+        return (
+            f"nothing was found, but poison is found surely in {smallest} images or more, not yet in the {wanted} that "
+            f"min_poison asks for; {more}, or ask for {smallest}"
+        )
+    return ""
 
 
 def by_coverage(images: ImageSet, min_coverage: float) -> tuple[Verdict, str]:
@@ -263,8 +286,33 @@ def _within_seconds(bench: PatchBench, started: float) -> PatchBench:
     return replace(bench, config=config)
 
 
-def _search(bench: PatchBench, features: Features, clusters: Clusters) -> _Search:
-    """Explore as published; then, unless another score is wanted, vote, and look again along the elected directions."""
+def _within_what_is_left(bench: PatchBench, n_directions: int, started: float) -> PatchBench:
+    """The bench with a second look that fits what the rounds left of a budget, at the rate that they had."""
+    config = bench.config
+    if n_directions == 0 or (config.max_passes is None and config.max_seconds is None):
+        return bench
+
+    def compute() -> dict[str, Tensor]:
+        used = bench.run.passes + (config.n_flips or 0)
+        left = math.inf if config.max_passes is None else float(config.max_passes - used)
+        if config.max_seconds is not None:
+            seconds = config.max_seconds - (time.perf_counter() - started)
+            rate = bench.run.passes / max(sum(bench.run.seconds.values()), 1e-9)
+            left = min(left, _SHARE_OF_THE_SECOND_LOOK * seconds * rate)
+        fitted = fit_second_look(config, len(bench.images), bench.images.size, n_directions, int(left))
+        return {"exploit": torch.tensor(fitted.exploit)}
+
+    exploit = int(bench.run.stage("left", compute)["exploit"])
+    return replace(bench, config=replace(config, exploit=exploit))
+
+
+def _search(
+    bench: PatchBench, features: Features, clusters: Clusters, started: float
+) -> tuple[PatchBench, _Search]:
+    """Explore as published; then, unless another score is wanted, vote, and look again along the elected directions.
+
+    The bench that comes back has a second look that fits what a budget has left.
+    """
     config = bench.config
     assert config.score is not None, "the config is resolved before the search"
     searcher, held_out = _prepare(bench, features, clusters)
@@ -273,11 +321,12 @@ def _search(bench: PatchBench, features: Features, clusters: Clusters) -> _Searc
     directions = torch.empty(0, features.values.shape[1])
     if config.score == "directed":
         directions = _directions(searcher, candidates, cached)
-        candidates = _second_look(searcher, candidates, directions, cached)
+        bench = _within_what_is_left(bench, len(directions), started)
+        candidates = _second_look(searcher, candidates, directions, bench.config.exploit, cached)
         scores = directed_scores(candidates, directions)
     else:
         scores = candidates.flips.score(config.score, candidates.own)
-    return _Search(candidates, scores, directions, searcher.attention, searcher.flip_test, held_out)
+    return bench, _Search(candidates, scores, directions, searcher.attention, searcher.flip_test, held_out)
 
 
 def _cached(bench: PatchBench, name: str, compute: Callable[[], Candidates]) -> Candidates:
@@ -334,9 +383,11 @@ def _directions(searcher: Searcher, explored: Candidates, cached: Cached) -> Ten
     return elect(trials, directions)
 
 
-def _second_look(searcher: Searcher, explored: Candidates, directions: Tensor, cached: Cached) -> Candidates:
+def _second_look(
+    searcher: Searcher, explored: Candidates, directions: Tensor, exploit: int, cached: Cached
+) -> Candidates:
     """Images of the clusters that push along the directions, scored by the windows that carry these."""
-    rows = searcher.exploit_rows(explored, directions, searcher.config.exploit)
+    rows = searcher.exploit_rows(explored, directions, exploit)
     found = []
     for start in range(0, len(rows), _SECOND_LOOK_STEP):
         part = rows[start : start + _SECOND_LOOK_STEP]
@@ -593,6 +644,7 @@ def _summary(
     findings: pandas.DataFrame,
     triggers: tuple[TriggerFinding, ...],
     accepted: list[tuple[Finalist, Confirmation]],
+    finalists: list[Finalist],
     confirmations: list[Confirmation],
     started: float,
 ) -> dict[str, Any]:
@@ -626,6 +678,18 @@ def _summary(
                 "list": f"triggers/trigger-{number}.txt",
             }
             for number, (trigger, (_, said)) in enumerate(zip(triggers, accepted, strict=True), start=1)
+        ],
+        "finalists": [
+            {
+                "n_sources": len(finalist.members),
+                "flip_rate": said.flip_rate,
+                "control_rate": said.control_rate,
+                "tau": said.tau,
+                "p_value": said.p_value,
+                "n_confirmation": said.n_images,
+                "aimed": said.aimed,
+            }
+            for finalist, said in zip(finalists, confirmations, strict=True)
         ],
         "scope": _scope(bench),
         "coverage": coverage(images),
@@ -689,7 +753,7 @@ def _budget(bench: PatchBench, confirmations: list[Confirmation]) -> dict[str, A
         return {}
     changed = {
         name: [getattr(asked, name), getattr(config, name)]
-        for name in ("exploit", "n_flips", "samples", "prune")
+        for name in _SHRINKS
         if getattr(asked, name) != getattr(config, name)
     }
     counts = [_power(bench, c, confirmations)["smallest_count"] for c in (asked, config)]
@@ -699,7 +763,31 @@ def _budget(bench: PatchBench, confirmations: list[Confirmation]) -> dict[str, A
         "changed": changed,
         "smallest_count_unlimited": counts[0],
         "smallest_count": counts[1],
+        "sentence": _budget_sentence(changed, *counts),
     }
+
+
+_SHRINKS = {
+    "exploit": "images looked at again",
+    "n_flips": "images that a patch is pasted on",
+    "samples": "images per cluster and round",
+    "prune": "share of the clusters dropped per round",
+}
+"""What a budget makes smaller, or in the last case larger, in words."""
+
+
+def _budget_sentence(changed: dict[str, list[Any]], unlimited: int | None, smallest: int | None) -> str:
+    if not changed:
+        return "The budget sufficed for the whole search"
+    what = ", ".join(
+        f"{_SHRINKS[name]}: {before} became {after}" for name, (before, after) in changed.items()
+    )
+    if smallest == unlimited:
+        cost = "which raises no number above"
+    else:
+        now, before = ("no number" if n is None else f"{n} images" for n in (smallest, unlimited))
+        cost = f"so that {now} instead of {before} would have been caught surely"
+    return f"To keep the budget, the search was made smaller ({what}), {cost}"
 
 
 def _scope(bench: PatchBench) -> dict[str, list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -156,12 +157,20 @@ def test_a_scan_goes_on_without_images_that_cannot_be_read_but_does_not_call_the
     assert "pixel.png" in clean and len(clean) == 61 and not set(clean) & set(reasons.index)
 
 
+def reason_of(done: Result, out: Path) -> str:
+    """Why a scan is inconclusive."""
+    assert (done.exit_code, done.output) == (4, "")
+    return str(json.loads((out / "verdict.json").read_text())["reason"])
+
+
 def test_a_lower_coverage_may_be_asked_for(scan: Run, mixed: Path, run: Run, out: Path) -> None:
-    done = scan(mixed, "--min-coverage", "0.9")
-    assert (done.exit_code, done.output) == (0, "")
+    assert "of the images could be read" in reason_of(scan(mixed), out)
+    done = scan(mixed, "--min-coverage", "0.9", "--fresh")
+    # So few images are no answer all the same, for another reason.
+    assert "no amount of poison would have been found" in reason_of(done, out)
     # The same command shows the result, in the words of the first time.
     shown = scan(mixed, "--min-coverage", "0.9")
-    assert (shown.exit_code, shown.output) == (0, "")
+    assert (shown.exit_code, shown.output) == (done.exit_code, "")
 
 
 def test_a_coverage_that_is_no_share(scan: Run, pictures: Path, out: Path) -> None:
@@ -227,12 +236,13 @@ def test_the_same_command_shows_the_result_another_one_is_refused_and_fresh_star
 ) -> None:
     command = ("scan", pictures, "--encoder", encoder, "--out", out, *OPTIONS)
     first = run(*command)
-    assert first.exit_code == 0 and first.stdout.splitlines()[-1].startswith("no_evidence: see ")
+    # Sixty images are too few for `no_evidence`.
+    assert first.exit_code == 4 and first.stdout.splitlines()[-1].startswith("inconclusive: see ")
     assert {p.name for p in out.iterdir()} >= set(FILES.split())
     before = contents(out)
 
     again = run(*command)
-    assert (again.exit_code, again.stdout) == (0, first.stdout)
+    assert (again.exit_code, again.stdout) == (4, first.stdout)
     assert contents(out) == before
 
     says(scan(pictures, "--seed", "1"), 2, "holds a run with other settings: seed was 0, now 1; choose")
@@ -242,6 +252,6 @@ def test_the_same_command_shows_the_result_another_one_is_refused_and_fresh_star
 
     (out / "notes.txt").write_text("mine")
     done = scan(pictures, "--seed", "1", "--fresh")
-    assert (done.exit_code, done.output) == (0, "")
+    assert (done.exit_code, done.output) == (4, "")
     assert (out / "notes.txt").read_text() == "mine"
     assert b'"seed": 1' in (out / "verdict.json").read_bytes()

@@ -11,8 +11,8 @@ import torch
 from toys import planted_encoder
 from unpoison.errors import ConfigError
 from unpoison.functional.windows import grid_masks
-from unpoison.scan.config import ScanConfig
-from unpoison.scan.cost import ScanCost, expected_cost, fit_budget
+from unpoison.scan.config import MOST_DIRECTIONS, ScanConfig
+from unpoison.scan.cost import ScanCost, expected_cost, fit_budget, fit_second_look
 from unpoison.scan.poison_classifier import ClassifierConfig
 from unpoison.scan.poisoncam import sharpen_windows
 from unpoison.scan.search import n_scored
@@ -89,13 +89,24 @@ def test_classifier_and_memory_are_counted() -> None:
     assert cost(1000, filter_steps=7).classifier_trained == config.networks * 7 * config.batch_size
 
 
-@pytest.mark.parametrize("share", [1.0, 0.7, 0.5, 0.35])
-def test_a_budget_is_kept_and_only_the_search_shrinks(share: float) -> None:
+@pytest.mark.parametrize("directions", range(1, MOST_DIRECTIONS + 1))
+@pytest.mark.parametrize("share", [1.0, 0.8, 0.7, 0.5, 0.35])
+def test_a_budget_is_kept_and_only_the_search_shrinks(share: float, directions: int) -> None:
     config = ScanConfig().resolve(10_000, 32)
     most = expected_cost(config, 10_000, 32).most
     fitted = fit_budget(config, 10_000, 32, int(share * most))
-    assert expected_cost(fitted, 10_000, 32).most <= share * most
-    assert (fitted == config) == (share == 1)
+    before = sum(
+        stage.most
+        for stage in expected_cost(fitted, 10_000, 32).stages
+        if stage.name not in ("exploit", "confirm", "evidence")
+    )
+    looked = fit_second_look(fitted, 10_000, 32, directions, int(share * most) - before)
+    last = {stage.name: stage for stage in expected_cost(looked, 10_000, 32).stages}
+    one, all_of_them = last["exploit"].expected, last["exploit"].most  # linear in the directions
+    second_look = one + (all_of_them - one) * (directions - 1) / (MOST_DIRECTIONS - 1)
+    assert before + second_look + last["confirm"].most + last["evidence"].most <= share * most
+    assert looked.exploit >= fitted.exploit / MOST_DIRECTIONS
+    assert (fitted == config) == (share > 0.7)
     for name in ("clusters", "window", "alpha", "masks", "patches", "score"):
         assert getattr(fitted, name) == getattr(config, name)
 

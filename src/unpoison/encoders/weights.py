@@ -1,8 +1,8 @@
 """Weights files: read as tensors only, never as code, and fitted to a network one by one.
 
 Whoever wrote a weights file may be the attacker. Files are read through safetensors or torch's restricted unpickler,
-every weight must have a place in the network and every place a weight. Objects of unknown classes lose their class: what
-they hold is looked through for tensors.
+every weight must have a place in the network and every place a weight. Objects of unknown classes lose their class;
+what they hold is looked through for tensors.
 """
 
 from __future__ import annotations

@@ -311,9 +311,10 @@ def _headline(result: ScanResult, n_flagged: int) -> str:
 
 
 def _power(summary: Mapping[str, Any]) -> str:
-    power = summary.get("power")
-    said = power.get("sentence") if isinstance(power, Mapping) else None
-    return f" {escape(_sentence(said))}" if isinstance(said, str) else ""
+    """What would have been caught, and what a budget took from it."""
+    parts = (summary.get(name) for name in ("power", "budget"))
+    said = (part.get("sentence") for part in parts if isinstance(part, Mapping))
+    return "".join(f" {escape(_sentence(each))}" for each in said if isinstance(each, str))
 
 
 def _meaning(result: ScanResult) -> str:

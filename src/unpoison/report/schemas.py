@@ -93,6 +93,21 @@ _VERDICT = _object(
                 }
             ),
         },
+        "finalists": {
+            "type": "array",
+            "description": "Patterns that recur and went into the confirmation; absent for a detector.",
+            "items": _object(
+                {
+                    "n_sources": _count("Distinct images, among those examined, that carry it."),
+                    "flip_rate": _share("Of held-out images that it moves to one place."),
+                    "control_rate": _share("Of those that its shuffled pixels move there."),
+                    "tau": _share("Rate that it had to exceed."),
+                    "p_value": _share("After Holm, of the patch search alone."),
+                    "n_confirmation": _count("Held-out images that it was pasted on."),
+                    "aimed": _said("boolean", "Whether its images look alike without it, as a target's do."),
+                }
+            ),
+        },
         "scope": {"description": "What was and what was not tested."},
         "screens": {
             "type": "array",
@@ -147,6 +162,7 @@ _VERDICT = _object(
         "screens",
         "rule",
         "detector",
+        "finalists",
         "benign_patterns",
         "reason",
         "location",

@@ -218,9 +218,12 @@ class ScanConfig:
         """
         if self.by_detector:
             return self
-        smallest = max(0.005 * n_images, 400)
-        if self.min_poison is not None:
-            smallest = self.min_poison * (n_images if self.min_poison < 1 else 1)
+        asked = self.smallest_poison(n_images)
+        if asked is not None and asked > n_images:
+            raise ConfigError(
+                f"min_poison={asked}: there are {n_images} readable images; expected at most that"
+            )
+        smallest = asked or max(0.005 * n_images, 400)
         clusters = max(2, min(round(4 * n_images / smallest), 2000, n_images // 10))
         clusters = max(clusters, min(50, n_images // 10), 2)
         if self.faithful and self.min_poison is None:
@@ -245,6 +248,12 @@ class ScanConfig:
                 "or leave it out"
             )
         return filled
+
+    def smallest_poison(self, n_images: int) -> int | None:
+        """`min_poison` as a number of images, at least 1; None where it was left out."""
+        if self.min_poison is None:
+            return None
+        return max(1, round(self.min_poison * (n_images if self.min_poison < 1 else 1)))
 
     @staticmethod
     def _is_poison_size(value: float) -> bool:

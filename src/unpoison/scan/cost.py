@@ -29,7 +29,7 @@ from unpoison.scan.patchsearch import PASSES_PER_MAP
 from unpoison.scan.poison_classifier import ClassifierConfig
 from unpoison.scan.search import n_scored
 
-__all__ = ["ScanCost", "expected_cost", "fit_budget"]
+__all__ = ["ScanCost", "expected_cost", "fit_budget", "fit_second_look"]
 
 _RACE_SURVIVORS = 0.25
 """Share of raced candidates that we expect to need the whole flip set."""
@@ -79,12 +79,9 @@ def expected_cost(
     by_gradient = config.attention == "gradcam"
     explored = min(n_scored(config.clusters, config.samples, config.prune), allowed)
     heat = PASSES_PER_MAP if by_gradient else 1 + masks
-    carriers = min(CARRIERS, n_flips)
-    sharpen = 9 * (1 + carriers) * _sharpening_steps(config.window)
 
     def look_again(n: int, directions: int) -> int:
-        along = PASSES_PER_MAP * directions if by_gradient else masks
-        return n * (along + directions * (sharpen + flips))
+        return n * _passes_of_a_look(config, image_size, allowed, directions)
 
     def confirmation(finalists: int) -> int:
         # Of each, pasted in pairs, then hidden: its images, no more than were scored, and others.
@@ -129,6 +126,16 @@ def expected_cost(
     )
 
 
+def _passes_of_a_look(config: ScanConfig, image_size: int, allowed: int, directions: int) -> int:
+    """Of one image that is looked at again: its map, and for each direction sharpening and pasting."""
+    assert config.n_flips is not None and config.window is not None, "resolved before its cost is counted"
+    n_flips = min(config.n_flips, allowed)
+    by_gradient = config.attention == "gradcam"
+    along = PASSES_PER_MAP * directions if by_gradient else _mask_count(config, image_size)
+    sharpen = 9 * (1 + min(CARRIERS, n_flips)) * _sharpening_steps(config.window)
+    return along + directions * (sharpen + n_flips * (1 if config.faithful else 2))
+
+
 def _explored(config: ScanConfig, allowed: int) -> int:
     """Images that the rounds score when every cluster has as many as the average one and runs dry as it does."""
     assert config.clusters is not None, "the config is resolved before its cost is counted"
@@ -162,10 +169,12 @@ def _sharpening_steps(window: int) -> int:
 
 
 def fit_budget(config: ScanConfig, n_images: int, image_size: int, max_passes: int) -> ScanConfig:
-    """The largest search that never takes more than `max_passes`; the confirmation stays as it is.
+    """The largest search that takes no more than `max_passes`; the confirmation stays as it is.
 
     In turn fewer images are looked at again, each patch is pasted on fewer images, one image less per cluster and
     round is drawn, and more clusters are dropped per round. What this costs is said by `power.power_statement`.
+    The second look is counted along one direction here; once it is known how many there are, `fit_second_look` bounds
+    it.
 
     Args:
         config: resolved settings; unchanged where they fit.
@@ -177,8 +186,14 @@ def fit_budget(config: ScanConfig, n_images: int, image_size: int, max_passes: i
         ConfigError: even the smallest search would take more.
     """
     assert config.n_flips is not None, "the config is resolved before it is fitted"
-    smaller = config
-    needed = expected_cost(smaller, n_images, image_size).most
+
+    def most(config: ScanConfig) -> int:
+        return sum(
+            stage.expected if stage.name == "exploit" else stage.most
+            for stage in expected_cost(config, n_images, image_size).stages
+        )
+
+    smaller, needed = config, most(config)
     for exploit, n_flips, samples, prune in (
         (200, 96, 2, 0.25),
         (100, 96, 2, 0.25),
@@ -200,10 +215,32 @@ def fit_budget(config: ScanConfig, n_images: int, image_size: int, max_passes: i
             samples=min(config.samples, samples),
             prune=max(config.prune, prune),
         )
-        needed = expected_cost(smaller, n_images, image_size).most
+        needed = most(smaller)
     if needed > max_passes:
         raise ConfigError(
             f"max_passes={max_passes}: the smallest search of {n_images} images may take {needed}; raise it, or scan "
             "fewer images with --sample"
         )
     return smaller
+
+
+def fit_second_look(
+    config: ScanConfig, n_images: int, image_size: int, n_directions: int, passes_left: int
+) -> ScanConfig:
+    """The settings with as many images looked at again as leave enough passes for the confirmation.
+
+    Args:
+        config: resolved settings, fitted by `fit_budget`; unchanged where they fit.
+        n_images: readable images.
+        image_size: side of the encoder's input, pixels.
+        n_directions: that the rounds elected.
+        passes_left: of the budget, after the rounds and the trials.
+    """
+    allowed = n_images - held_out_count(n_images)
+    after = sum(
+        stage.most
+        for stage in expected_cost(config, n_images, image_size).stages
+        if stage.name in ("confirm", "evidence")
+    )
+    each = _passes_of_a_look(config, image_size, allowed, n_directions)
+    return replace(config, exploit=min(config.exploit, max(1, (passes_left - after) // max(each, 1))))

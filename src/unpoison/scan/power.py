@@ -1,9 +1,9 @@
 """What would this scan have caught? The smallest poison that it finds with a stated probability.
 
 "No evidence" says little unless one knows what would have been. A scan finds a trigger when three of the images that
-its rounds score show it, for these lead the second look to the others (five without a second look), and when its patch
-then passes the confirmation.
-Both probabilities follow from the settings, given what an attack is like; the assumptions stand beside the number,
+its rounds score show it, for these lead the second look to the others, when five of those that it looks at show it, too
+(without a second look, five in the rounds), and when its patch then passes the confirmation.
+The probabilities follow from the settings, given what an attack is like; the assumptions stand beside the number,
 because it is no better than they are.
 """
 
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from unpoison.scan.config import MOST_FINALISTS, ScanConfig, held_out_count
 from unpoison.scan.confirm import MIN_SOURCES, SMALLEST_RATE, binomial_tail
+from unpoison.scan.flip_test import RACE
 from unpoison.scan.search import FEWEST_SUPPORTERS
 
 __all__ = ["Attack", "Power", "detection_probability", "power_statement"]
@@ -137,11 +138,16 @@ def detection_probability(
     rounds = min(_rounds(config), max(1, int(per_cluster) // config.samples))
     # A second look finds the other images; without one, the rounds themselves must have found enough.
     needed = FEWEST_SUPPORTERS if config.score == "directed" else MIN_SOURCES
-    pure = _hits_of_a_cluster(attack.localised, config, rounds, needed)
-    hits = _hits_of_a_cluster(rest / per_cluster * attack.localised, config, rounds, needed)
+    shown = attack.localised * (1 - RACE.beta if config.race else 1)  # a race drops some
+    pure = _hits_of_a_cluster(shown, config, rounds, needed)
+    hits = _hits_of_a_cluster(rest / per_cluster * shown, config, rounds, needed)
     for _ in range(min(int(full), config.clusters, 64)):  # more clusters only make it surer
         hits = _add(hits, pure)
-    return hits[needed] * _confirmation_power(held_out, config.alpha, tau, attack.moved)
+    gathered = 1.0
+    if config.score == "directed":
+        looked_at = min(config.exploit, int(count * searched))
+        gathered = binomial_tail(MIN_SOURCES, looked_at, attack.localised)
+    return hits[needed] * gathered * _confirmation_power(held_out, config.alpha, tau, attack.moved)
 
 
 def _rounds(config: ScanConfig) -> int:
