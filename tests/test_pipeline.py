@@ -343,6 +343,8 @@ def test_without_an_encoder_it_trains_one_and_keeps_it(tmp_path: Path) -> None:
     )
     result = scanned(out=tmp_path / "run", command="again", progress=lambda stage, *_: stages.append(stage))
     assert result.summary["command"] == "again"
+    assert result.summary["pretrained"]["epochs"] == 2 and result.summary["pretrained"]["method"] == "moco-v2"
+    assert any("in 2 epochs of moco-v2" in sentence for sentence in result.summary["scope"]["tested"])
     assert (tmp_path / "run" / "encoder.safetensors").is_file()
     assert result.summary["n_images"] == len(result.findings) == 80
     assert stages.index("search") > 0 and not (tmp_path / "run" / "cache" / "pretrain.state").exists()

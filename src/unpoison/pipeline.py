@@ -232,7 +232,10 @@ def scan(
         if folder is not None and given is not None:  # an encoder that was trained here is kept
             folder.forget()
         raise
-    result = _of_a_part(_with_screen(found, waves, config), source, limit or sample, only)
+    found = _with_screen(found, waves, config)
+    if given is None:
+        found = _of_own_encoder(found, recipe)
+    result = _of_a_part(found, source, limit or sample, only)
     return _saved(result, decoded, folder, command)
 
 
@@ -471,6 +474,18 @@ def _with_screen(found: ScanResult, waves: Waves | None, config: ScanConfig) -> 
         summary.pop(name, None)
     summary |= {"verdict": "poisoned", "n_flagged": int(findings["flagged"].sum())}
     return replace(found, verdict="poisoned", findings=findings, summary=summary)
+
+
+def _of_own_encoder(found: ScanResult, recipe: PretrainConfig) -> ScanResult:
+    """The result with the recipe of the encoder that was trained for it, and a sentence on that."""
+    said, scope = recipe.resolve(), found.summary["scope"]
+    trained = f"poison that an encoder learns in {said.epochs} epochs of {said.method} on these images, for none was given"
+    summary = {
+        **found.summary,
+        "pretrained": asdict(said),
+        "scope": {**scope, "tested": [*scope["tested"], trained]},
+    }
+    return replace(found, summary=summary)
 
 
 def _precision(given: Encoder | None, config: ScanConfig, device: str, precision: str) -> str:

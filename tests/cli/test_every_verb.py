@@ -99,7 +99,8 @@ finally:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "variable", "closed"), [(["--offline"], "0", True), ([], "1", True), ([], "0", False)]
+    ("arguments", "variable", "closed"),
+    [(["--offline"], "0", True), ([], "1", True), ([], "yes", True), ([], "0", False), ([], "2", False)],
 )
 def test_offline_closes_the_door(monkeypatch, arguments, variable, closed):
     monkeypatch.setenv("HF_HUB_OFFLINE", variable)

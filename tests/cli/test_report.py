@@ -17,7 +17,7 @@ def test_other_formats_are_written_beside_the_page(run, replace_module, tmp_path
     replace_module("runs", load_result=lambda folder: fake_result())
     assert run("report", tmp_path, "--format", "json", "--format", "html").exit_code == 0
     assert not (tmp_path / "report.sarif").exists() and not (tmp_path / "report.txt").exists()
-    assert run("report", tmp_path, "--format", "sarif", "--format", "text").exit_code == 0
+    assert run("report", tmp_path, "--format", "sarif,json", "--format", "text").exit_code == 0
     assert json.loads((tmp_path / "report.sarif").read_text())["version"] == "2.1.0"
     assert "These images are poisoned" in (tmp_path / "report.txt").read_text(encoding="utf-8")
     done = run("report", tmp_path, "--format", "pdf")

@@ -1,4 +1,5 @@
 import json
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -21,6 +22,8 @@ def scanning(replace_module):
             options["out"].mkdir(exist_ok=True)
             if isinstance(outcome, BaseException):
                 raise outcome
+            if "pretrain_config" in options:
+                options["progress"]("pretrain moco-v2", 1, 2)
             options["progress"]("search", 1, 2)
             return outcome
 
@@ -194,6 +197,26 @@ def test_without_an_encoder_it_says_that_it_trains_one(run, scanning, image_fold
     done = run("scan", image_folder, "--out", tmp_path / "run", "--epochs", 7, "--image-size", 32)
     assert "no --encoder: training one on the images first" in done.stderr
     assert calls[0]["pretrain_config"].epochs == 7 and calls[0]["image_size"] == 32
+
+
+def test_it_does_not_say_so_where_there_is_nothing_to_train_on(run, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for images in (tmp_path / "empty", tmp_path / "nowhere"):
+        done = run("scan", images, "--out", tmp_path / "run")
+        assert done.exit_code in (2, 4) and done.stderr.count("\n") == 1 and "training" not in done.stderr
+
+
+def test_quiet_silences_warnings_for_one_run(run, replace_module, image_folder, tmp_path, caplog):
+    def scan(images, encoder=None, **options):
+        options["out"].mkdir(exist_ok=True)
+        logging.getLogger("unpoison.encoders").warning("mean not given")
+        return fake_result()
+
+    replace_module("pipeline", scan=scan)
+    run("scan", image_folder, "--out", tmp_path / "run", "--quiet")
+    assert caplog.text == ""
+    run("scan", image_folder, "--out", tmp_path / "run")
+    assert "mean not given" in caplog.text
 
 
 def test_a_detector_gets_its_parts_and_no_encoder_is_trained(run, scanning, image_folder, tmp_path):

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.torch
+import timm
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -498,9 +499,11 @@ def test_weights_that_do_not_fit_are_explained(tmp_path: Path) -> None:
         r"conv1.weight is \(8, 3, 3, 3\), but resnet10 takes \(16, 3, 3, 3\): leave width out, or give 8",
         width=16,
     )
-    refuse(state, "a 3×3 stem and the network a 7×7 one; give an --image-size of below 96", image_size=128)
-    large = dict(backbone(size=96).state_dict())
-    refuse(large, "a 7×7 stem and the network a 3×3 one; give an --image-size of at least 96", image_size=32)
+    refuse(
+        state | {"conv1.weight": torch.ones(8, 3, 5, 5)},
+        "first layer reads 5×5 pixels at once, the network's 3×3; give the --image-size .* another --arch",
+        image_size=32,
+    )
     refuse(state | {"bn1.weight": torch.ones(9)}, r"bn1.weight is \(9,\), .* is --arch right")
     for bad in (float("nan"), float("inf")):
         refuse(state | {"bn1.bias": torch.full((8,), bad)}, "bn1.bias holds NaN or infinite values")
@@ -515,6 +518,18 @@ def test_weights_that_do_not_fit_are_explained(tmp_path: Path) -> None:
     refuse(state | {"bn1.bias": torch.ones(1).expand(2**50)}, r"bn1.bias is \(1125899906842624,\)")
     refuse({"epoch": 3}, "holds no named tensors; expected a state dictionary")
     refuse([torch.ones(2)], "holds no named tensors")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("trained", "shown"), [(96, 32), (96, 64), (32, 128)])
+def test_weights_bring_their_stem_to_any_image_size(trained: int, shown: int, tmp_path: Path) -> None:
+    network, path = backbone(size=trained), tmp_path / "weights.pth"
+    torch.save(network.state_dict(), path)
+    encoder = tiny(path, image_size=shown)
+    assert same_weights(encoder, network) and encoder.preprocessing.geometry.size == shown
+    with torch.inference_mode():
+        expected = network(encoder.normalise(pixels(shown)))
+    torch.testing.assert_close(encoder.features(pixels(shown)), expected, atol=1e-3, rtol=1e-3)
+    assert ("a stride of 1 is assumed of its 3×3 stem" in encoder.name) == (trained == 32)
 
 
 def test_a_7x7_stem_means_imagenet_sizes(tmp_path: Path) -> None:
@@ -676,10 +691,23 @@ def test_folders_and_other_suffixes_are_refused(tmp_path: Path) -> None:
 # --- From Python -----------------------------------------------------------------------------------------------------
 
 
-def test_a_module_needs_preprocessing() -> None:
+def test_a_module_without_preprocessing_is_shown_usual_values_and_that_is_said(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assumed = as_encoder(backbone(), device="cpu").preprocessing
+    assert assumed == Preprocessing(geometry=Geometry(32, 32), assumed=True)
+    assert "ResNet came without preprocessing=Preprocessing(...), assumed 32 px, mean (0.485" in caplog.text
+    assert as_encoder(backbone(size=96), device="cpu").preprocessing.geometry == Geometry(224, 256)
+    clip = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=64)
+    clip.pretrained_cfg = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.2, 0.2), "input_size": (3, 224, 224)}
+    found = as_encoder(clip, device="cpu").preprocessing
+    assert found.geometry == Geometry(64, 64) and found.mean == (0.5, 0.4, 0.3) and found.assumed
+    with pytest.raises(ConfigError, match="preprocessing is a Normalize: expected unpoison.Preprocessing"):
+        as_encoder(backbone(), torchvision.transforms.Normalize(0.5, 0.5))  # type: ignore[arg-type]
+
+
+def test_a_module_keeps_its_preprocessing() -> None:
     network, preprocessing = backbone(), Preprocessing(geometry=Geometry(32, 32))
-    with pytest.raises(ConfigError, match="a ResNet needs preprocessing=Preprocessing"):
-        as_encoder(network)
     encoder = as_encoder(network, preprocessing, device="cpu", precision="fp32")
     assert encoder.name == "ResNet" and encoder.features(pixels()).shape == (2, 64)
     assert encoder.fingerprint == as_encoder(network, preprocessing, device="cpu").fingerprint

@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import nn
 
+from unpoison.audit.shadow import GENERATED
 from unpoison.data.export import write_json_atomically
 from unpoison.encoders.encoder import Encoder
 from unpoison.encoders.weights import digest_of
@@ -263,5 +264,7 @@ def _why_none_fits(tables: tuple[ReferenceTable, ...], conditions: Conditions) -
     if not size:
         return f"{start}a {conditions.family} at {conditions.image_size} pixels"
     if not any(t.conditions.shadow == conditions.shadow for t in size):
-        return f"{start}one of its family that was measured on the same images"
+        without = any(t.conditions.shadow == GENERATED for t in size)
+        hint = "; without --images it is ranked among those measured on generated ones" if without else ""
+        return f"{start}one of its family that was measured on the same images{hint}"
     return f"{start}one of its family that was measured with the same settings"

@@ -14,7 +14,7 @@ from unpoison.attack.ctrl import CtrlConfig
 from unpoison.attack.drupe import DrupeConfig
 from unpoison.attack.implanting import ImplantConfig
 from unpoison.attack.ssl_backdoor import AttackConfig, PatchAttackConfig
-from unpoison.cli.options import Device, FollowLinks, Images, Json, Precision, Quiet, Root, Seed
+from unpoison.cli.options import EVERY_METHOD, Device, FollowLinks, Images, Json, Precision, Quiet, Root, Seed
 from unpoison.cli.screen import Screen, log_into
 
 __all__ = ["app"]
@@ -80,7 +80,11 @@ _LearningRate = Annotated[float, typer.Option(help="Of SGD.")]
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
 
-@app.callback()
+@app.callback(
+    epilog="Example: unpoison attack patch images/ --out poisoned --target cat --trigger seed:7 --size 8\n\n"
+    "Example: unpoison attack bad-encoder images/ --encoder encoder.safetensors --target cat --out attacked\n\n"
+    f"{EVERY_METHOD}"
+)
 def attack() -> None:
     """Plant a backdoor, in a copy of labelled images or in an encoder, and write plan.json, the answer key."""
 

@@ -36,7 +36,7 @@ app = typer.Typer(add_completion=False)
 
 @app.command(
     epilog="Exit codes: 0 no evidence of a backdoor · 1 backdoored · 2 wrong usage · 3 the run failed · "
-    "4 inconclusive, as without --reference · 130 interrupted; the same command resumes.\n\n"
+    "4 inconclusive, as without a reference that fits · 130 interrupted; the same command resumes.\n\n"
     "Example: unpoison audit encoder.safetensors --images images/ --reference reference.json --out run\n\n"
     "Example: unpoison audit clean.safetensors --images images/ --add-to-reference reference.json --out clean-run"
 )
@@ -159,7 +159,7 @@ def audit(
     those of clean encoders. Writes a verdict, the trigger as a picture, and a report for people to RUN.
     """
     screen = Screen(as_json=as_json, quiet=quiet)
-    check_formats(formats)
+    formats = check_formats(formats)
     from unpoison import audit_pipeline
     from unpoison.audit.decree import DecreeConfig
     from unpoison.encoders.checkpoints import load_encoder

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from unpoison.caches import StageCache, clear_cache, find_caches
-from unpoison.cli.options import Device, Json, Quiet, Seed
+from unpoison.cli.options import EVERY_METHOD, Device, Json, Quiet, Seed
 from unpoison.cli.screen import Screen
 
 __all__ = ["app"]
@@ -23,7 +23,9 @@ _Folder = Annotated[
 ]
 
 
-@app.callback(epilog="Example: unpoison cache list runs/\n\nExample: unpoison cache clear runs/")
+@app.callback(
+    epilog=f"Example: unpoison cache list runs/\n\nExample: unpoison cache clear runs/\n\n{EVERY_METHOD}"
+)
 def cache() -> None:
     """Show or remove what lets killed runs go on: RUN/cache. Nothing is ever kept outside of RUN."""
 

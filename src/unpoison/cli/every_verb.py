@@ -17,6 +17,7 @@ __all__ = ["add_options"]
 
 _LARGEST_FILE = 2**20
 _PANEL = "How it runs"
+_TRUE = ("1", "ON", "YES", "TRUE")  # of a variable of the hub's own library, whose reading this is
 
 
 def add_options(command: Any) -> None:
@@ -34,7 +35,7 @@ def _read(ctx: typer.Context, path: Path | None) -> None:
 
 
 def _block(wanted: bool) -> None:
-    if wanted:
+    if wanted or os.environ.get("HF_HUB_OFFLINE", "").upper() in _TRUE:
         _stay_offline()
 
 
@@ -58,8 +59,7 @@ def _options(
         bool,
         typer.Option(
             "--offline",
-            help="Use no network.",
-            envvar="HF_HUB_OFFLINE",
+            help="Use no network; HF_HUB_OFFLINE=1 in the environment says the same.",
             is_eager=True,
             expose_value=False,
             callback=_block,

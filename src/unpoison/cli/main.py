@@ -7,6 +7,8 @@ stops only the verbs that need it.
 from __future__ import annotations
 
 import contextlib
+import logging
+import signal
 import sys
 import tempfile
 import traceback
@@ -76,6 +78,14 @@ class _Verbs(TyperGroup):
             self._listing = False
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        log = logging.getLogger("unpoison")
+        level = log.level
+        try:
+            return self._invoke(ctx)
+        finally:
+            log.setLevel(level)  # which `--quiet` raises
+
+    def _invoke(self, ctx: typer.Context) -> Any:
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
@@ -87,8 +97,16 @@ class _Verbs(TyperGroup):
         except (typer.Exit, typer.Abort, BrokenPipeError):
             raise
         except Exception as error:
+            if _interrupted:  # in the middle of a library's own work, which made another error of it
+                complain("interrupted; the same command resumes")
+                raise typer.Exit(130) from None
             if hasattr(error, "exit_code"):  # a usage error, which the parser words itself
-                raise
+                if not hasattr(error, "format_message") or type(error).__name__ == "NoArgsIsHelpError":
+                    raise
+                where = getattr(getattr(error, "ctx", None), "command_path", "unpoison")
+                said = " ".join(error.format_message().split()).rstrip(".")
+                complain(f"error: {said}; see {where} --help")
+                raise typer.Exit(error.exit_code) from None
             log = _write_log(error)
             what = printable(str(error).strip().split("\n")[0])[:200]
             complain(f"error: unexpected {type(error).__name__}: {what}; the traceback is in {log}")
@@ -128,8 +146,17 @@ def verbs(
     """Find backdoors in unlabelled images and in the vision models trained on them; prove them; remove them."""
 
 
+_interrupted: list[int] = []
+
+
+def _interrupt(number: int, _: Any) -> None:
+    _interrupted.append(number)
+    raise KeyboardInterrupt
+
+
 def main() -> None:
     """Run the command line and exit with its code."""
+    signal.signal(signal.SIGINT, _interrupt)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(

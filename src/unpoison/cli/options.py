@@ -60,7 +60,8 @@ Formats = Annotated[
     typer.Option(
         "--format",
         metavar="sarif|text",
-        help="Also write report.sarif or report.txt to RUN; repeatable. html and json are always written.",
+        help="Also write report.sarif or report.txt to RUN; repeat it, or name both with a comma. html and json are "
+        "always written.",
         show_default=False,
     ),
 ]
@@ -89,11 +90,17 @@ def batch_size_of(text: str) -> int | None:
     return int(text)
 
 
-def check_formats(formats: list[str]) -> None:
-    """Complains before the long work begins."""
+EVERY_METHOD = "Each of these takes --seed, --device, --json and --quiet; see its own --help."
+"""The last line of a group's help."""
+
+
+def check_formats(asked: list[str]) -> list[str]:
+    """Every format that is asked for, once or with commas; complains before the long work begins."""
+    formats = [name.strip() for each in asked for name in each.split(",")]
     for name in formats:
         if name not in ("html", "json", "sarif", "text"):
             raise ConfigError(f"--format {name}: expected html, json, sarif or text")
+    return formats
 
 
 def write_formats(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from unpoison.cli.options import (
+    EVERY_METHOD,
     Device,
     FollowLinks,
     Images,
@@ -44,7 +45,10 @@ _FreshFile = Annotated[
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
 
-@app.callback()
+@app.callback(
+    epilog="Example: unpoison repair retrain encoder.safetensors images/ --run run --out clean.safetensors\n\n"
+    f"{EVERY_METHOD}"
+)
 def repair() -> None:
     """Turn findings into a clean encoder."""
 

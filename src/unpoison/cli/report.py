@@ -29,7 +29,7 @@ def report(
 ) -> None:
     """Render RUN/report.html again from what the run recorded; no image and no encoder is needed."""
     screen = Screen(as_json=as_json, quiet=quiet)
-    check_formats(formats)
+    formats = check_formats(formats)
     if not (run / "verdict.json").is_file():
         raise ConfigError(f"{run} holds no verdict.json: expected the folder of a finished `unpoison scan`")
     if (run / "trigger.safetensors").is_file():

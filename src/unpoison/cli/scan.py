@@ -7,7 +7,7 @@ import sys
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -32,6 +32,9 @@ from unpoison.cli.options import (
 from unpoison.cli.screen import Screen, log_into, read_ids
 from unpoison.errors import ConfigError
 from unpoison.scan.config import ScanConfig
+
+if TYPE_CHECKING:
+    from unpoison.runtime import Progress
 
 __all__ = ["EXIT_CODES", "app"]
 
@@ -259,7 +262,7 @@ def scan(
     by one. Writes a verdict, the list of images to keep, the trigger as a picture, and a report for people to RUN.
     """
     screen = Screen(as_json=as_json, quiet=quiet)
-    check_formats(formats)
+    formats = check_formats(formats)
     config = ScanConfig(
         method=method,
         clusters=clusters,
@@ -300,8 +303,6 @@ def scan(
         if image_size is not None:
             more["image_size"] = image_size
     elif encoder is None:
-        if not dry_run:
-            screen.note("no --encoder: training one on the images first, then scanning with it")
         if epochs is not None:
             more["pretrain_config"] = PretrainConfig(epochs=epochs)
         if image_size is not None:
@@ -327,7 +328,8 @@ def scan(
         )
         screen.finish(_preview_summary(seen), lambda: _preview_text(seen, screen))
         return
-    with log_into(out), screen.progress() as progress:
+    with log_into(out), screen.progress() as shown:
+        progress = shown if encoder is not None else _announcing(screen, shown)
         result = pipeline.scan(
             images,
             chosen,
@@ -359,6 +361,20 @@ def scan(
         lambda: f"{text()}\n\n{result.verdict}: see {page}",
     )
     raise typer.Exit(0 if exit_zero and result.verdict == "poisoned" else EXIT_CODES[result.verdict])
+
+
+def _announcing(screen: Screen, progress: Progress) -> Progress:
+    """Says that an encoder is trained, when that begins: not before the images are found and can be read."""
+    announced = False
+
+    def announce(stage: str, done: int, total: int) -> None:
+        nonlocal announced
+        if stage.startswith("pretrain") and not announced:
+            announced = True
+            screen.note("no --encoder: training one on the images first, then scanning with it")
+        progress(stage, done, total)
+
+    return announce
 
 
 def _poison_size(text: str | None) -> float | None:

@@ -367,7 +367,7 @@ def _files_below(
             )
         named[path] = where
         if not _is_inside(path, absolute_root):
-            refused.append(Skipped(escape(entry), "outside the root of the list"))
+            refused.append(Skipped(escape(entry), _OUTSIDE))
             continue
         id = os.path.relpath(path, absolute_root).replace(os.sep, "/")
         reason = unusable_name(id)
@@ -650,6 +650,7 @@ def _read_member(id: str, file: BinaryIO, member: TarMember) -> RawImage:
 # Shared helpers ------------------------------------------------------------------------------------
 
 _LINKED_FOLDER = "a link to a folder, and links are not followed"
+_OUTSIDE = "outside the root of the list"
 _LINK_OUTSIDE = "a link that leaves the root, and links are not followed"
 _NOT_REGULAR = "not a regular file"
 
@@ -749,6 +750,8 @@ def _about_refused(refused: Collection[Skipped], follow_links: bool) -> str:
     first = min(refused, key=lambda entry: entry.id)
     links = sum(entry.reason in (_LINKED_FOLDER, _LINK_OUTSIDE) for entry in refused)
     hint = f"; {links} are links: --follow-links reads them" if links and not follow_links else ""
+    if any(entry.reason == _OUTSIDE for entry in refused):
+        hint += "; --root DIR names the folder that holds them all"
     return f"; {len(refused)} entries were refused, the first is {first.id!r}: {first.reason}{hint}"
 
 

@@ -63,16 +63,21 @@ class Architecture:
             raise ConfigError(f"stem_stride={self.stem_stride}: expected 1, 2 or 4")
 
 
-def build_backbone(architecture: Architecture) -> nn.Module:
+def build_backbone(architecture: Architecture, *, stem_kernel: int | None = None) -> nn.Module:
     """The network without a classification head: (N, 3, S, S) normalised images to (N, D) features.
 
     Initialisation draws from torch's global generator; wrap the call in `runtime.seeded`.
+
+    Args:
+        architecture: what to build.
+        stem_kernel: of a ResNet's first layer, 3, 4 or 7 pixels, where finished weights ask for it; with 7 it has
+            ImageNet's stem, max-pool and all. None: what suits the image size.
 
     Raises:
         ConfigError: no such architecture, or the images cannot be cut into its patches.
     """
     if architecture.name in _RESNETS:
-        return _resnet(architecture)
+        return _resnet(architecture, stem_kernel)
     if architecture.name in _VITS:
         return _vit(architecture)
     name = architecture.name
@@ -88,7 +93,7 @@ def build_backbone(architecture: Architecture) -> nn.Module:
         return timm.create_model(name, **options)
 
 
-def _resnet(architecture: Architecture) -> nn.Module:
+def _resnet(architecture: Architecture, stem_kernel: int | None) -> nn.Module:
     block, layers = _RESNETS[architecture.name]
     width = architecture.width
     network: Any = ResNet(  # its parts are replaced below, by others than its annotations foresee
@@ -106,7 +111,8 @@ def _resnet(architecture: Architecture) -> nn.Module:
         stem = width
         network.bn1 = nn.BatchNorm2d(stem)
         network.layer1[0] = BasicBlock(stem, width)
-    if architecture.image_size < SMALL_IMAGE:
+    small = architecture.image_size < SMALL_IMAGE if stem_kernel is None else stem_kernel != 7
+    if small:
         stride = architecture.stem_stride or (2 if architecture.image_size <= 48 else 4)
         kernel, padding = (4, 0) if stride == 4 else (3, 1)
         network.maxpool = nn.Identity()

@@ -332,7 +332,8 @@ def as_encoder(
 
     Args:
         encoder: one already, a module from normalised images to features, or a reference for `load_encoder`.
-        preprocessing: of a module; everything else brings its own.
+        preprocessing: of a module; everything else brings its own. None: what timm says of a module of its own, else
+            usual values, which the verdict then calls assumed.
         arch: see `load_encoder`, as for the rest; an `Encoder` is returned as it is, whatever they are.
         width: see `load_encoder`.
         image_size: side of the images, in pixels.
@@ -342,13 +343,15 @@ def as_encoder(
         precision: see `runtime.choose_precision`.
 
     Raises:
-        ConfigError: a module came without preprocessing, or something else with it.
+        ConfigError: preprocessing that is none, or came with something else than a module.
     """
     if isinstance(encoder, nn.Module):
         if preprocessing is None:
+            preprocessing = _preprocessing_of(encoder, image_size, mean, std)
+        if not isinstance(preprocessing, Preprocessing):
             raise ConfigError(
-                f"a {type(encoder).__name__} needs preprocessing=Preprocessing(geometry=..., mean=..., std=...): "
-                "wrong normalisation gives wrong features without any error"
+                f"preprocessing is a {type(preprocessing).__name__}: expected unpoison.Preprocessing(geometry=..., "
+                "mean=..., std=...), since images are decoded and resized by us"
             )
         for name in ("fc", "head", "classifier"):
             if isinstance(getattr(encoder, name, None), nn.Linear):
@@ -383,6 +386,37 @@ def as_encoder(
     )
 
 
+def _preprocessing_of(
+    module: nn.Module, image_size: int | None, mean: _Triple | None, std: _Triple | None
+) -> Preprocessing:
+    """What a module of timm says of itself; of any other ImageNet's values, and a size that suits its first layer."""
+    said = getattr(module, "pretrained_cfg", None)
+    known = dict(said) if isinstance(said, Mapping) else {}
+    stem = _stem_kernel(dict(module.named_parameters()))
+    side = getattr(getattr(module, "patch_embed", None), "img_size", None) or known.get("input_size")
+    size = image_size or (int(side[-1]) if isinstance(side, tuple) else _usual_size("resnet18", stem))
+    found = Preprocessing(
+        geometry=_usual_geometry(size),
+        mean=mean or known.get("mean") or Preprocessing.mean,
+        std=std or known.get("std") or Preprocessing.std,
+        assumed=True,
+    )
+    _LOG.warning(
+        "%s came without preprocessing=Preprocessing(...), assumed %d px, mean %s, std %s; wrong values give wrong "
+        "features without any error",
+        type(module).__name__,
+        size,
+        found.mean,
+        found.std,
+    )
+    return found
+
+
+def _usual_geometry(size: int) -> Geometry:
+    """From ImageNet's sizes on, the papers resize to 8/7 of the side and crop its centre."""
+    return Geometry(size, math.floor(size / 0.875) if size >= SMALL_IMAGE else size)
+
+
 def _copied(module: nn.Module) -> nn.Module:
     """A copy, since an encoder freezes its network, and the caller may want to train on."""
     try:
@@ -412,12 +446,15 @@ def _from_file(path: Path, options: LoadOptions) -> Encoder:
         # Strides cannot be read off weights; a 3×3 stem in a published file is the CIFAR stem, which keeps the size.
         stem_stride={3: 1, 4: 4}.get(kernel or 0),
     )
-    network, layout = fit_weights(lambda: build_backbone(architecture), tensors, options.arch, path)
+    stem = kernel if kernel in (3, 4, 7) else None
+    network, layout = fit_weights(
+        lambda: build_backbone(architecture, stem_kernel=stem), tensors, options.arch, path
+    )
+    if stem == 3:
+        layout += "; a stride of 1 is assumed of its 3×3 stem"
     guessed = [name for name in ("image_size", "mean", "std") if getattr(options, name) is None]
-    # From ImageNet's sizes on, the papers resize to 8/7 of the side and crop its centre.
-    resize = math.floor(size / 0.875) if size >= SMALL_IMAGE else size
     preprocessing = Preprocessing(
-        geometry=Geometry(size, resize),
+        geometry=_usual_geometry(size),
         mean=options.mean or Preprocessing.mean,
         std=options.std or Preprocessing.std,
         assumed=bool(guessed),

@@ -24,7 +24,6 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from unpoison.encoders.backbones import SMALL_IMAGE
 from unpoison.errors import CheckpointError, ConfigError
 from unpoison.runtime import seeded
 
@@ -353,10 +352,9 @@ def _explain_shapes(name: str, got: Tensor, expected: Tensor, arch: str) -> str:
     if got.ndim == expected.ndim == 4 and got.shape[1] == expected.shape[1] == 3:  # the layer that reads RGB
         ours, theirs = expected.shape[-1], got.shape[-1]
         if ours != theirs:
-            side = f"at least {SMALL_IMAGE}" if theirs == 7 else f"below {SMALL_IMAGE}"
             return (
-                f"{shapes}: the file has a {theirs}×{theirs} stem and the network a {ours}×{ours} one; "
-                f"give an --image-size of {side}, or another --arch"
+                f"{shapes}: its first layer reads {theirs}×{theirs} pixels at once, the network's {ours}×{ours}; give "
+                "the --image-size that the file was trained for, or another --arch"
             )
         return f"{shapes}: leave width out, or give {got.shape[0]}"
     if name == "pos_embed":

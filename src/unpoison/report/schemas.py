@@ -151,6 +151,9 @@ _VERDICT = _object(
         "power": _said("object", "Smallest poison that would have been caught; absent when poisoned."),
         "budget": _said("object", "What a budget took from the search; absent without one."),
         "config": _said("object", "Resolved settings."),
+        "pretrained": _said(
+            "object", "Recipe of the encoder that the scan trained; absent where one was given."
+        ),
         "seed": _said("integer", "Determines every draw."),
         "versions": _said("object", "Of unpoison and its libraries."),
         "other_encoder": _said("string", "Name of the second one of cross-encoder; absent otherwise."),
@@ -163,6 +166,7 @@ _VERDICT = _object(
         "rule",
         "detector",
         "finalists",
+        "pretrained",
         "benign_patterns",
         "reason",
         "location",
