@@ -479,7 +479,8 @@ def _with_screen(found: ScanResult, waves: Waves | None, config: ScanConfig) -> 
 def _of_own_encoder(found: ScanResult, recipe: PretrainConfig) -> ScanResult:
     """The result with the recipe of the encoder that was trained for it, and a sentence on that."""
     said, scope = recipe.resolve(), found.summary["scope"]
-    trained = f"poison that an encoder learns in {said.epochs} epochs of {said.method} on these images, for none was given"
+    learned = f"learns in {said.epochs} epochs of {said.method} on these images"
+    trained = f"poison that an encoder {learned}, for none was given"
     summary = {
         **found.summary,
         "pretrained": asdict(said),

@@ -176,7 +176,9 @@ def test_a_classifiers_head_is_left_out_and_that_is_said(run, tmp_path):
     done = run(*command, "--out", tmp_path / "run", "--sample", 32, *QUICK)
     assert done.exit_code == 4, done.output
     assert "unpoison: the encoder is classifier.pth (resnet10, plain" in done.stderr
-    assert "its head is left out: fc.bias, fc.weight; a stride of 1 is assumed of its 3×3 stem)" in done.stderr
+    assert (
+        "its head is left out: fc.bias, fc.weight; a stride of 1 is assumed of its 3×3 stem)" in done.stderr
+    )
 
 
 def test_bad_encoder_writes_an_encoder_that_says_what_the_clean_one_says(run, encoder, pictures, tmp_path):
