@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from unpoison.errors import ConfigError
 from unpoison.functional.clustering import kmeans
 from unpoison.records import Box, Clusters, Geometry
 from unpoison.runtime import seeded, silent, stage_generator
+from unpoison.scan import patchsearch
 from unpoison.scan.config import ScanConfig
 from unpoison.scan.flip_test import FlipTest, nearest_rows
 from unpoison.scan.patchsearch import PASSES_PER_MAP, GradCamAttention
@@ -68,6 +71,23 @@ def test_heat_explains_the_logit_of_the_own_cluster(resnet: Encoder) -> None:
     for picture, cluster, seen in zip(pixels(), own, heat, strict=True):
         expected = naive_heat(resnet, looking.layer, picture, found.centroids[cluster])
         torch.testing.assert_close(seen, expected, atol=1e-4, rtol=0)
+
+
+def test_memory_that_runs_out_halves_the_batch_and_changes_no_map(
+    resnet: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looking = GradCamAttention(resnet, clusters(resnet), CONFIG, batch_size=5)
+    expected, plain = looking.heat(pixels()), patchsearch.grad_cam
+
+    def small_device(network: nn.Module, layer: nn.Module, images: Tensor, target: Any) -> Tensor:
+        if len(images) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(network, layer, images, target)
+
+    monkeypatch.setattr(patchsearch, "grad_cam", small_device)
+    before = resnet.images_shown
+    torch.testing.assert_close(looking.heat(pixels()), expected, atol=1e-5, rtol=0)
+    assert resnet.largest_batch == 2 and resnet.images_shown - before == PASSES_PER_MAP * 5
 
 
 def test_faithful_explains_the_cosine_as_the_release_does(resnet: Encoder) -> None:

@@ -139,7 +139,7 @@ class Encoder:
         if images.ndim != 4 or images.shape[1:] != (3, size, size):
             raise ShapeError(f"images must be (N, 3, {size}, {size}), got {tuple(images.shape)}")
         self.images_shown += len(images)
-        output = self._run(images)
+        output = self.fitting(self._run, images)
         if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(images):
             got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ShapeError(
@@ -148,19 +148,38 @@ class Encoder:
             )
         return output.float()
 
-    def _run(self, images: Tensor) -> Tensor:
-        """The network's output, in batches that fit the device's memory: each failure halves them for good."""
+    def fitting(self, run: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+        """What `run` gives for images, in batches that fit the device's memory: each failure halves them for good.
+
+        Args:
+            run: (M, 3, S, S) to a tensor with a row per image, whatever else is in the batch.
+            images: (N, 3, S, S).
+
+        Raises:
+            torch.OutOfMemoryError: a single image is too much.
+        """
         largest = self.largest_batch or len(images)
         if len(images) > largest:
-            return torch.cat([self._run(part) for part in torch.split(images, largest)])
+            return torch.cat([self.fitting(run, part) for part in torch.split(images, largest)])
+        try:
+            return run(images)
+        except torch.OutOfMemoryError:
+            if len(images) <= 1:
+                raise
+            self.largest_batch = len(images) // 2
+        # Outside the handler, since the traceback there still holds what did not fit.
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return self.fitting(run, images)
+
+    def _run(self, images: Tensor) -> Tensor:
+        """The network's output; without its compiled form from the first time on that this fails."""
         try:
             with autocast(self.device, self.precision):
                 network = self.network if self._compiled is None else self._compiled
                 return network(self.normalise(images))
         except torch.OutOfMemoryError:
-            if len(images) <= 1:
-                raise
-            self.largest_batch = len(images) // 2
+            raise
         except Exception as error:
             # Compilers fail in too many ways to be named; what is wrong with the images fails again below.
             if self._compiled is None:
@@ -168,7 +187,4 @@ class Encoder:
             first = str(error).strip().split("\n")[0]
             warnings.warn(f"torch.compile failed, the plain network goes on: {first}", stacklevel=2)
             self._compiled = None
-        # Outside the handler, since the traceback there still holds what did not fit.
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
         return self._run(images)

@@ -95,11 +95,13 @@ class GradCamAttention:
             return (features.float() @ self.centroids.T).amax(dim=1)
 
     def _maps(self, pixels: Tensor, target: Callable[[Tensor], Tensor]) -> Tensor:
+        def explain(images: Tensor) -> Tensor:
+            with autocast(self.encoder.device, self.encoder.precision):
+                return grad_cam(self.network, self.layer, self.encoder.normalise(images), target).cpu()
+
         parts = []
         for start in range(0, len(pixels), self.batch_size):
             chunk = pixels[start : start + self.batch_size]
-            images = self.encoder.normalise(chunk)
-            with autocast(self.encoder.device, self.encoder.precision):
-                parts.append(grad_cam(self.network, self.layer, images, target).cpu())
+            parts.append(self.encoder.fitting(explain, chunk))
             self.encoder.images_shown += PASSES_PER_MAP * len(chunk)
         return torch.cat(parts) if parts else torch.empty(0, *pixels.shape[2:])
