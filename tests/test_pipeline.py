@@ -11,9 +11,10 @@ from typing import Any
 import pandas
 import pytest
 import torch
+from torch.nn import functional as F
 
 from report.test_schemas import fits
-from toys import planted_encoder, planted_images, planted_patterns
+from toys import planted_encoder, planted_images, planted_pattern, planted_patterns
 from unpoison import patch_pipeline, pipeline
 from unpoison.errors import ConfigError, NothingToScanError, NoVerdictError
 from unpoison.pretrain.loop import PretrainConfig
@@ -408,6 +409,38 @@ def test_the_passes_are_those_that_were_expected(reference: Scanned) -> None:
     # How many images the clusters hold is not known before.
     expected, actual = (sum(stage[key] for stage in passes.values()) for key in ("expected", "actual"))
     assert 0.6 * expected <= actual <= 1.25 * expected
+
+
+def with_a_corner(n_carriers: int) -> tuple[ImageSet, set[str]]:
+    """400 pictures that share nothing but the trigger in the corner of some, and the ids of these."""
+    drawn = torch.Generator().manual_seed(3)
+    coarse = F.interpolate(torch.rand(400, 3, 6, 6, generator=drawn), 32, mode="bilinear")
+    pixels = (coarse * 255).to(torch.uint8)
+    carriers = torch.randperm(400, generator=drawn)[:n_carriers]
+    pixels[carriers, :, 23:31, 23:31] = planted_pattern()
+    ids = tuple(f"{number:03}.png" for number in range(400))
+    return ImageSet(ids, pixels, (), f"corner-{n_carriers}"), {ids[row] for row in carriers.tolist()}
+
+
+def test_a_logo_on_few_images_is_named_and_no_alarm() -> None:
+    images, carriers = with_a_corner(10)
+    result = pipeline.scan(images, planted_encoder(planted=False), config=MORE)
+    assert result.verdict == "no_evidence" and result.flagged == ()
+    (pattern,) = result.benign_patterns
+    assert set(pattern.source_ids) <= carriers and len(pattern.source_ids) >= 5 and not pattern.steers
+    passes = result.summary["passes"]["places"]
+    assert passes["expected"] == 0 < passes["actual"] <= passes["most"]
+
+
+def test_a_trigger_in_a_fixed_corner_is_found_where_clusters_show_too_few_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    images, carriers = with_a_corner(10)
+    config = dataclasses.replace(MORE, clusters=3)
+    result = pipeline.scan(images, planted_encoder(), config=config)
+    assert result.verdict == "poisoned" and set(result.triggers[0].source_ids) <= carriers
+    monkeypatch.setattr(patch_pipeline, "recurring_places", lambda *_, **__: [])
+    assert pipeline.scan(images, planted_encoder(), config=config).triggers == ()
 
 
 def test_the_power_statement_comes_with_every_verdict_but_poisoned(

@@ -21,6 +21,7 @@ from unpoison.encoders.extract import extract_features
 from unpoison.errors import ConfigError, NoVerdictError
 from unpoison.functional.clustering import kmeans
 from unpoison.functional.matching import clearest_match
+from unpoison.functional.recurrence import recurring_places
 from unpoison.records import (
     BenignPattern,
     Box,
@@ -35,9 +36,10 @@ from unpoison.records import (
 from unpoison.runs import Stages
 from unpoison.runtime import Progress, library_versions, stage_generator
 from unpoison.scan.candidates import Candidates
-from unpoison.scan.config import PICTURES, TRIALS, ScanConfig, held_out_count
+from unpoison.scan.config import MOST_PLACES, PICTURES, SHARING, TRIALS, ScanConfig, held_out_count
 from unpoison.scan.confirm import (
     MANY_SOURCES,
+    MIN_SOURCES,
     SMALLEST_RATE,
     BenignFinding,
     Confirmation,
@@ -117,6 +119,7 @@ class _Search:
     attention: Attention
     flip_test: FlipTest
     held_out: Tensor
+    places: tuple[Tensor, ...]
 
 
 def search_patches(bench: PatchBench, min_coverage: float, started: float) -> ScanResult:
@@ -152,7 +155,9 @@ def search_patches(bench: PatchBench, min_coverage: float, started: float) -> Sc
         for finalist, said in steering
         if not said.aimed
     ]
-    harmless += find_benign_patterns(search.candidates, bench.images, [finalist for finalist, _ in steering])
+    harmless += find_benign_patterns(
+        search.candidates, bench.images, [finalist for finalist, _ in steering], search.places
+    )
     benign = tuple(_benign_pattern(bench, search, found) for found in harmless)
     patterns = [search.candidates.patches[finalist.core[:_SHOWN]] for finalist, _ in accepted]
     findings = _findings(bench, clusters, search, triggers, patterns, probability, threshold)
@@ -319,14 +324,18 @@ def _search(
     cached = partial(_cached, bench)
     candidates = searcher.explore(cached)
     directions = torch.empty(0, features.values.shape[1])
+    places: tuple[Tensor, ...] = ()
     if config.score == "directed":
         directions = _directions(searcher, candidates, cached)
         bench = _within_what_is_left(bench, len(directions), started)
         candidates = _second_look(searcher, candidates, directions, bench.config.exploit, cached)
+        candidates, places = _with_shared_places(bench, searcher, candidates, directions, cached)
         scores = directed_scores(candidates, directions)
     else:
         scores = candidates.flips.score(config.score, candidates.own)
-    return bench, _Search(candidates, scores, directions, searcher.attention, searcher.flip_test, held_out)
+    return bench, _Search(
+        candidates, scores, directions, searcher.attention, searcher.flip_test, held_out, places
+    )
 
 
 def _cached(bench: PatchBench, name: str, compute: Callable[[], Candidates]) -> Candidates:
@@ -396,6 +405,59 @@ def _second_look(
         searcher.progress("search again", start + len(part), len(rows))
     seen_once = explored.take((~torch.isin(explored.rows, rows)).nonzero().flatten())
     return Candidates.concatenate([*found, seen_once])
+
+
+def _with_shared_places(
+    bench: PatchBench, searcher: Searcher, candidates: Candidates, directions: Tensor, cached: Cached
+) -> tuple[Candidates, tuple[Tensor, ...]]:
+    """The candidates, with windows at which pictures share pixels; and which of them share each place.
+
+    A search by clusters comes across few of these images where they are rare: a logo, or a trigger in a fixed corner.
+    """
+    side = searcher.config.window
+    assert side is not None, "the config is resolved before the search"
+
+    def compute() -> dict[str, Tensor]:
+        last = bench.images.size - side
+        chosen: dict[int, tuple[int, int, int]] = {}  # an image that shares two places is tried at the first
+        for number, place in enumerate(
+            recurring_places(
+                bench.images.pixels,
+                searcher.allowed.nonzero().flatten(),
+                max(4, side // 2),
+                least=MIN_SOURCES,
+                most=MOST_PLACES,
+            )
+        ):
+            middle = ((place.top + place.bottom - side) // 2, (place.left + place.right - side) // 2)
+            top, left = (min(max(start, 0), last) for start in middle)
+            chosen = dict.fromkeys(place.rows[:SHARING].tolist(), (top, left, number)) | chosen
+        where = torch.tensor(list(chosen.values()), dtype=torch.int64).view(-1, 3)
+        return {
+            "rows": torch.tensor(list(chosen), dtype=torch.int64),
+            "corners": where[:, :2],
+            "place": where[:, 2],
+        }
+
+    found = bench.run.stage("recurrence", compute)
+    if len(found["rows"]) == 0:
+        return candidates, ()
+    shared = cached("places", partial(searcher.try_places, found["rows"], found["corners"], "places"))
+    # Of an image that is a candidate already, the window that carries a direction further; without one, what it shares.
+    before = {row: number for number, row in enumerate(candidates.rows.tolist())}
+    scores, shared_scores = directed_scores(candidates, directions), directed_scores(shared, directions)
+    better = torch.tensor(
+        [
+            len(directions) == 0 or row not in before or bool(shared_scores[number] >= scores[before[row]])
+            for number, row in enumerate(shared.rows.tolist())
+        ]
+    )
+    shared, place = shared.take(better.nonzero().flatten()), found["place"][better]
+    others = (~torch.isin(candidates.rows, shared.rows)).nonzero().flatten()
+    places = tuple(
+        len(others) + (place == number).nonzero().flatten() for number in sorted(set(place.tolist()))
+    )
+    return Candidates.concatenate([candidates.take(others), shared]), places
 
 
 def _confirm(

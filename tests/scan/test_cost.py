@@ -46,6 +46,7 @@ def test_the_default_follows_the_formulas() -> None:
         "explore": (n_scored(config.clusters or 0, 2, 0.25) * (1 + masks + 192),) * 2,
         "trial": (64 * again, 3 * 64 * again),
         "exploit": (300 * again, 300 * (masks + 3 * (3 * 27 + 192))),
+        "places": (0, 5 * 16 * 192),
         "confirm": (64 * 192 + 3240, 64 * 192 + 5 * 3240),
         "evidence": (24 * masks, 24 * (1 + masks)),
     }

@@ -14,8 +14,10 @@ __all__ = [
     "MOST_DIRECTIONS",
     "MOST_FINALISTS",
     "MOST_OTHERS",
+    "MOST_PLACES",
     "PICTURES",
     "SCREEN_SHARE",
+    "SHARING",
     "TRIALS",
     "ScanConfig",
     "held_out_count",
@@ -35,6 +37,12 @@ MOST_FINALISTS = 5
 
 MOST_BENIGN = 64
 """Random windows that say how much innocent ones steer."""
+
+MOST_PLACES = 5
+"""Places at which images share pixels that become candidates."""
+
+SHARING = 16
+"""Images that are tried of each such place."""
 
 MOST_OTHERS = 1000
 """Images without a confirmed pattern that its own are compared with, once it is hidden."""

@@ -20,6 +20,7 @@ finalist must also be aimed (scan/aim.py).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -249,21 +250,25 @@ def _recurring(
 
 
 def find_benign_patterns(
-    candidates: Candidates, images: ImageSet, triggers: list[Finalist]
+    candidates: Candidates, images: ImageSet, triggers: list[Finalist], places: Sequence[Tensor] = ()
 ) -> list[BenignFinding]:
     """Overlays that recur among all candidates, not only the strongest, and steer nothing; most frequent first.
 
     No alarm, and no part of the verdict: poison and watermarks alike recur, and only steering tells them apart. What
-    the search took no window of is not found, so that few images with an overlay often go unnoticed.
+    the search took no window of is not found, so that few images with an overlay at changing places often go unnoticed.
 
     Args:
         candidates: all scored ones.
         images: the data set, to tell copies of a picture apart from independent sources.
         triggers: those that steer; windows that show a part of their patterns are no overlay.
+        places: per place, the candidates that are known to share its pixels.
     """
-    chosen = (
-        torch.linspace(0, len(candidates) - 1, min(len(candidates), _COMPARED_FOR_OVERLAYS)).round().long()
-    )
+    others = torch.ones(len(candidates), dtype=torch.bool)
+    for members in places:
+        others[members] = False
+    rest = others.nonzero().flatten()
+    sample = rest[torch.linspace(0, len(rest) - 1, min(len(rest), _COMPARED_FOR_OVERLAYS)).round().long()]
+    chosen = torch.cat([*places, sample])
     similarity = patch_similarity(
         candidates.patches[chosen], least=_SAME_PIXELS, agreeing=_SAME_PIXELS_AGREEING
     )
@@ -272,6 +277,20 @@ def find_benign_patterns(
     known = [candidates.patches[trigger.members[:_KNOWN]] for trigger in triggers]
     found: list[BenignFinding] = []
     free = torch.ones(len(chosen), dtype=torch.bool)
+
+    def take(members: list[int]) -> None:
+        free[alike[members].any(dim=0)] = False
+        distinct = _without_copies(members, copies)
+        if len(distinct) >= MIN_SOURCES:
+            finding = _if_harmless(candidates, chosen[torch.tensor(distinct)], known)
+            found.extend([finding] if finding else [])
+
+    first = 0
+    for members in places:
+        sharing = list(range(first, first + len(members)))
+        first += len(members)
+        same = alike[sharing].any(dim=0) & free
+        take(sharing + [place for place in same.nonzero().flatten().tolist() if place not in sharing])
     while True:
         # Around one centre, not in chains: these windows must show the same pixels, not pass them on.
         counts = (alike & free).sum(dim=1) * free
@@ -280,21 +299,19 @@ def find_benign_patterns(
         centre = int(counts.argmax())
         group = alike[centre] & free
         nearest = similarity[centre].masked_fill(~group, -1).argsort(descending=True, stable=True)
-        distinct = _without_copies(nearest[: int(group.sum())].tolist(), copies)
-        free &= ~alike[group].any(dim=0)
-        if len(distinct) < MIN_SOURCES:
-            continue
-        members = chosen[torch.tensor(distinct)]
-        flips = candidates.take(members).flips
-        gain, control = flips.gain.mean(dim=0), flips.control_gain.mean(dim=0)
-        target = int(gain.argmax())
-        steers = bool((gain - control).max() >= SMALLEST_RATE or gain.max() >= _STRIKING_RATE)
-        if not steers and not any(
-            bool(_show_part(candidates.patches[members[:_KNOWN]], pattern).any()) for pattern in known
-        ):
-            found.append(
-                BenignFinding(members, max(0.0, float(gain[target])), max(0.0, float(control[target])))
-            )
+        take(nearest[: int(group.sum())].tolist())
+
+
+def _if_harmless(candidates: Candidates, members: Tensor, known: list[Tensor]) -> BenignFinding | None:
+    """The finding, unless the patches steer or show a part of a pattern that is known to."""
+    flips = candidates.take(members).flips
+    gain, control = flips.gain.mean(dim=0), flips.control_gain.mean(dim=0)
+    target = int(gain.argmax())
+    if bool((gain - control).max() >= SMALLEST_RATE or gain.max() >= _STRIKING_RATE):
+        return None
+    if any(bool(_show_part(candidates.patches[members[:_KNOWN]], pattern).any()) for pattern in known):
+        return None
+    return BenignFinding(members, max(0.0, float(gain[target])), max(0.0, float(control[target])))
 
 
 def _core(members: Candidates, images: ImageSet) -> Tensor:

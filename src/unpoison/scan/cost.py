@@ -18,7 +18,9 @@ from unpoison.scan.config import (
     MOST_DIRECTIONS,
     MOST_FINALISTS,
     MOST_OTHERS,
+    MOST_PLACES,
     PICTURES,
+    SHARING,
     TRIALS,
     ScanConfig,
     held_out_count,
@@ -85,13 +87,14 @@ def expected_cost(
 
     def confirmation(finalists: int) -> int:
         # Of each, pasted in pairs, then hidden: its images, no more than were scored, and others.
-        hidden = min(MOST_OTHERS, n_images) + min(MOST_COMPARED, explored + exploited)
+        hidden = min(MOST_OTHERS, n_images) + min(MOST_COMPARED, explored + exploited + shared)
         return min(MOST_BENIGN, allowed) * flips + finalists * (2 * held_out + hidden)
 
     directed = config.score == "directed"
+    shared = MOST_PLACES * SHARING if directed else 0
     trials, exploited = min(TRIALS, explored), min(config.exploit, allowed)
     along = PASSES_PER_MAP if by_gradient else masks
-    pictures = min(PICTURES, explored + exploited)
+    pictures = min(PICTURES, explored + exploited + shared)
     stages = [
         StageCost("features", n_images, n_images),
         StageCost("flip set", n_flips, n_flips),
@@ -106,6 +109,7 @@ def expected_cost(
             # Each direction is tried for itself, and hides the masks anew.
             StageCost("trial", look_again(trials, 1), MOST_DIRECTIONS * look_again(trials, 1)),
             StageCost("exploit", look_again(exploited, 1), look_again(exploited, MOST_DIRECTIONS)),
+            StageCost("places", 0, shared * flips),
         ]
     stages += [
         StageCost("confirm", confirmation(1), confirmation(MOST_FINALISTS)),
@@ -240,7 +244,7 @@ def fit_second_look(
     after = sum(
         stage.most
         for stage in expected_cost(config, n_images, image_size).stages
-        if stage.name in ("confirm", "evidence")
+        if stage.name in ("places", "confirm", "evidence")
     )
     each = _passes_of_a_look(config, image_size, allowed, n_directions)
     return replace(config, exploit=min(config.exploit, max(1, (passes_left - after) // max(each, 1))))

@@ -301,6 +301,10 @@ class Searcher:
             )
         return best
 
+    def try_places(self, rows: Tensor, corners: Tensor, step: str) -> Candidates:
+        """What given windows do: (n,) images and their (n, 2) corners, without a search for the place."""
+        return self._test(rows, self.images.pixels[rows], corners, step)
+
     def exploit_rows(self, candidates: Candidates, directions: Tensor, budget: int) -> Tensor:
         """Images of the clusters whose candidates push along the directions, scored ones first, (n,), n ≤ budget."""
         if len(directions) == 0:
