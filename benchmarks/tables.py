@@ -9,6 +9,7 @@ import re
 import sys
 
 import aim
+import augmentation
 import clean
 import clip
 import common
@@ -42,6 +43,7 @@ TABLES = {
     "detectors": detectors.table,
     "spectral_dct": spectral_dct.table,
     "throughput": throughput.table,
+    "augmentation": augmentation.table,
     "pretrain_speed": pretrain_speed.table,
     "pretraining": pretraining.table,
     "zoo": zoo.table,

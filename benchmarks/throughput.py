@@ -7,6 +7,7 @@ take where nothing else runs? Goal: at least 85 % of a scan's time inside the en
     python benchmarks/throughput.py --threads 2
 """
 
+import resource
 import sys
 import time
 from dataclasses import replace
@@ -101,6 +102,7 @@ def measure_scan(images, encoder, seed):
     started = time.perf_counter()
     result = scan(images, timed, seed=seed)
     seconds = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     after = bare_rate(encoder, images.pixels)  # a shared machine changes its mind; both are reported
     compiled, compiling = compiled_rate(encoder, images.pixels)
     return {
@@ -113,6 +115,8 @@ def measure_scan(images, encoder, seed):
         "share_inside_encoder": timed.seconds / seconds,
         "classifier_seconds": result.summary["stages"].get("classifier", 0.0),
         "verdict": result.verdict,
+        # Of the whole process, training included: exact for the first row of a run, an upper bound for the others.
+        "peak_memory_mib": peak,
     }
 
 
@@ -142,7 +146,7 @@ def table(results):
         "compiled (in s)",
         "scan, images shown/s",
     ]
-    header += ["scan s", "of these the classifier", "share inside the encoder %"]
+    header += ["scan s", "of these the classifier", "share inside the encoder %", "peak memory, MiB"]
     rows = [
         [
             row["case"],
@@ -156,6 +160,7 @@ def table(results):
             f"{row['scan_seconds']:.1f}",
             f"{row['classifier_seconds']:.1f}",
             f"{100 * row['share_inside_encoder']:.0f}",
+            f"{row['peak_memory_mib']:.0f}" if "peak_memory_mib" in row else "–",
         ]
         for row in results["rows"]
     ]
