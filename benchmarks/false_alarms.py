@@ -222,13 +222,17 @@ def bound(rows, alpha=0.01):
 
 
 def p_values(rows):
-    """How often the patch search's p-value is so small; at the edge of its null hypothesis as often as the level."""
-    known = [row["finalists"] for row in rows if row.get("finalists")]
-    smallest = [min(finalist["p_value"] for finalist in finalists) for finalists in known]
+    """How often the patch search's p-value is so small; at the edge of its null hypothesis as often as the level.
+
+    Rows from before verdict.json held the finalists are left out.
+    """
+    recorded = [row["finalists"] for row in rows if "finalists" in row]
+    tested = [finalists for finalists in recorded if finalists]
+    smallest = [min(finalist["p_value"] for finalist in finalists) for finalists in tested]
     header = ["scans with a recurring patch to test", "patches", *(f"p ≤ {level:g}" for level in LEVELS)]
-    counts = [f"{sum(p <= level for p in smallest)} of {len(rows)}" for level in LEVELS]
-    tested = [f"{len(known)} of {len(rows)}", str(sum(map(len, known)))]
-    return common.markdown(header, [[*tested, *counts]])
+    counts = [f"{sum(p <= level for p in smallest)}" for level in LEVELS]
+    cells = [f"{len(tested)} of {len(recorded)}", str(sum(map(len, tested))), *counts]
+    return common.markdown(header, [cells])
 
 
 if __name__ == "__main__":

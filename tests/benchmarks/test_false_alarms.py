@@ -28,10 +28,11 @@ def test_alarms_stand_beside_their_bound():
     assert "is below 100.0 %" in false_alarms.bound([row(verdict="poisoned")])
 
 
-def test_small_p_values_are_counted_among_those_that_there_are():
-    text = false_alarms.p_values([row(p_value=0.03), row(p_value=0.3), row(), row(p_value=1.0)])
-    assert text.splitlines()[-1] == "| 3 of 4 | 0.0 % | 33.3 % | 33.3 % | 33.3 % | 66.7 % |"
-    assert "–" in false_alarms.p_values([row()])
+def test_small_p_values_are_those_of_recurring_patches_and_not_the_screen_s():
+    found = [[{"p_value": 0.03}, {"p_value": 1.0}], [{"p_value": 0.3}], [], [{"p_value": 1.0}]]
+    rows = [row(p_value=1e-9, finalists=finalists) for finalists in found]
+    text = false_alarms.p_values([*rows, row(p_value=1e-9)])  # the last one does not say
+    assert text.splitlines()[-1] == "| 3 of 4 | 4 | 0 | 1 | 1 | 1 | 2 |"
 
 
 def test_what_is_not_clean_counts_apart():

@@ -36,7 +36,7 @@ RESULTS = {
 
 def test_scans_that_find_the_poison_are_counted_by_rate():
     lines = power.table(RESULTS).splitlines()
-    assert lines[2].startswith("| planted | 50 (1 %) | 2 | 50 (3–97) | 50 | 90 | 80 |")
+    assert lines[2].startswith("| planted | 50 (1 %) | 2 | 50 (3–97) | 50 | – | 90 | 80 |")
     assert lines[3].startswith("| planted | 250 (5 %) | 1 | 100 (5–100) |")
     assert lines[4].endswith("| 1 |")  # poisoned, but by another pattern
     assert "80 poisoned ones or more are found" in power.table(RESULTS)
@@ -104,14 +104,19 @@ def grown(n, clusters, passes):
     stages = {"clusters": 1.0, "classifier": 2.0}
     row = {"case": f"scan {n}", "n_images": n, "n_poisoned": n // 20, "clusters": clusters}
     quality = {"top50": 1.0, "recall": 1.0, "precision": 1.0, "verdict": "poisoned"}
-    return {**row, "encoder_passes": passes, "cpu_seconds": passes / 1e4, "stage_seconds": stages, **quality}
+    cost = {"encoder_passes": passes, "cpu_seconds": passes / 1e4, "machine": {"gpu": None}}
+    return {**row, **cost, "stage_seconds": stages, **quality}
 
 
 def test_the_exponent_is_that_of_the_search_and_of_all():
     rows = [grown(n, n // 100, n + 10 * n) for n in (2000, 5000, 20_000)]
     rows.append({"case": "features 100000", "n_images": 100_000, "clusters": 800, "cpu_seconds": 7.0})
     text = growth.table({"rows": rows})
-    assert "all passes as N^1.00, the search's passes as N^1.00" in text
+    assert (
+        "all passes as N^1.00, the search's passes as N^1.00, CPU seconds on a processor alone as N^1.00"
+        in text
+    )
+    assert "beside a GPU" not in text
     assert "1000 for 50; 1000 for 200" in text and "| 100000, expected |" in text and "| 7.0 |" in text
     assert "Too few scans" in growth.table({"rows": rows[:1]})
     assert growth.exponent([(1, 2.0), (100, 20.0)]) == pytest.approx(0.5)
