@@ -429,7 +429,11 @@ def table(results: Mapping[str, Any]) -> str:
                     of("peak_memory_mib"),
                 ]
             )
-    return f"{common.markdown(header, lines)}\n\n{_in_all(rows)}\n\n{attack_table(rows)}"
+    parts = [common.markdown(header, lines), _in_all(rows), attack_table(rows)]
+    if (common.RESULTS / f"{NAME}.png").exists():
+        text = "An image with the trigger, the mask, and the pattern that it shows; a frame where the trigger lies"
+        parts.append(f"![{text}](results/{NAME}.png)")
+    return "\n\n".join(parts)
 
 
 def _in_all(rows: list[common.Row]) -> str:
@@ -455,7 +459,7 @@ def _in_all(rows: list[common.Row]) -> str:
 
 def attack_table(rows: list[common.Row]) -> str:
     """What the attacks on encoders do to a linear probe, and how many keep the papers' promise."""
-    header = ["attack", "encoders", "ACC: change in points", "within 2 points", "ASR % (before the attack)"]
+    header = ["attack", "encoders", "ACC: change in points", "loses at most 2", "ASR % (before the attack)"]
     header += ["every target at 90 % or more"]
     lines = []
     attacked = [row for row in rows if "control" in row]
@@ -469,7 +473,7 @@ def attack_table(rows: list[common.Row]) -> str:
                 case,
                 str(len(mine)),
                 common.spread(changes, digits=1),
-                f"{sum(abs(change) <= 2 for change in changes)} of {len(mine)}",
+                f"{sum(change >= -2 for change in changes)} of {len(mine)}",
                 _success(mine),
                 f"{strong} of {len(mine)}",
             ]

@@ -461,7 +461,7 @@ def test_nothing_found_is_no_answer_of_a_scan_that_could_have_found_nothing(
     # 40 held-out images confirm no patch that moves a fifth of them.
     assert few.summary["power"]["smallest_count"] is None and few.flagged == ()
     assert few.verdict == "inconclusive" and "no amount of poison" in few.summary["reason"]
-    assert few.summary["reason"].endswith("scan more images")
+    assert "there are too few images to confirm a patch" in few.summary["reason"]
 
 
 def test_less_poison_than_is_found_surely_is_said_where_it_was_asked_for() -> None:
@@ -520,6 +520,7 @@ def test_a_smaller_second_look_costs_power_and_both_are_said(monkeypatch: pytest
     assert budget["changed"] == {"exploit": [60, 4]} and said["config"]["exploit"] == 4
     assert budget["smallest_count"] is None and 10 < budget["smallest_count_unlimited"] < 100
     assert "images looked at again: 60 became 4), so that no number instead of" in budget["sentence"]
+    assert said["verdict"] == "poisoned" or "so small a search comes across too few" in said["reason"]
 
 
 def test_a_budget_of_seconds_that_cannot_be_kept_is_no_verdict(

@@ -53,7 +53,7 @@ from unpoison.scan.flip_test import FlipTest, nearest_rows
 from unpoison.scan.patchsearch import GradCamAttention
 from unpoison.scan.poison_classifier import ClassifierConfig, train_poison_classifier
 from unpoison.scan.poisoncam import MaskAttention
-from unpoison.scan.power import power_statement
+from unpoison.scan.power import Power, power_statement
 from unpoison.scan.search import Attention, Searcher, directed_scores, elect, vote
 
 __all__ = ["GLOBAL_TRIGGERS", "PatchBench", "by_coverage", "coverage", "search_patches"]
@@ -214,15 +214,15 @@ def _judge(
 def _lacking_power(bench: PatchBench, confirmations: list[Confirmation]) -> str:
     """Why "nothing found" is no answer of this scan; empty where it is one."""
     config, n_images = bench.config, len(bench.images)
-    smallest = _power(bench, config, confirmations)["smallest_count"]
-    more = "scan more images" + (", or allow more passes" if config != bench.asked else "")
+    power = _power_of(bench, config, confirmations)
+    smallest = power.smallest_count
     if smallest is None:
-        return f"nothing was found, but no amount of poison would have been found surely; {more}"
+        return f"nothing was found, but no amount of poison would have been found surely: {power.why}"
     wanted = config.smallest_poison(n_images)
     if wanted is not None and smallest > wanted:
         return (
             f"nothing was found, but poison is found surely in {smallest} images or more, not yet in the {wanted} that "
-            f"min_poison asks for; {more}, or ask for {smallest}"
+            f"min_poison asks for; ask for {smallest}, or scan with another encoder"
         )
     return ""
 
@@ -794,16 +794,24 @@ def _passes(bench: PatchBench, flip_images: int) -> dict[str, dict[str, int]]:
     }
 
 
+def _largest_tau(confirmations: list[Confirmation]) -> float:
+    return max((said.tau for said in confirmations), default=SMALLEST_RATE)
+
+
+def _power_of(bench: PatchBench, config: ScanConfig, confirmations: list[Confirmation]) -> Power:
+    tau = _largest_tau(confirmations)
+    return power_statement(config, len(bench.images), bench.images.size, tau=tau)
+
+
 def _power(bench: PatchBench, config: ScanConfig, confirmations: list[Confirmation]) -> dict[str, Any]:
-    """The power statement of a search with these settings."""
-    tau = max((said.tau for said in confirmations), default=SMALLEST_RATE)
-    power = power_statement(config, len(bench.images), bench.images.size, tau=tau)
+    """The power statement of a search with these settings, for verdict.json."""
+    power = _power_of(bench, config, confirmations)
     return {
         "smallest_count": power.smallest_count,
         "share": power.share,
         "probability": power.probability,
         **asdict(power.attack),
-        "tau": tau,
+        "tau": _largest_tau(confirmations),
         "sentence": power.sentence,
     }
 

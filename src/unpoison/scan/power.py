@@ -43,6 +43,7 @@ class Power:
         probability: of catching so many.
         attack: what was assumed of the attack.
         sentence: all of it in words.
+        why: where there is no number: what stands in the way.
     """
 
     smallest_count: int | None
@@ -50,6 +51,7 @@ class Power:
     probability: float
     attack: Attack
     sentence: str
+    why: str
 
 
 def power_statement(
@@ -83,9 +85,14 @@ def power_statement(
             middle = (low + high) // 2
             low, high = (low, middle) if caught(middle) else (middle, high)
         smallest = high
+    why = ""
     side = f"an opaque patch of up to about {config.window} of {image_size} pixels per side"
     if smallest is None:
         why = f"there are too few images to confirm a patch that moves {attack.moved:.0%} of them"
+        if _confirmation_power(held_out_count(n_images), config.alpha, tau, attack.moved) >= probability:
+            why = (
+                "so small a search comes across too few of its images; allow more passes, or name more images"
+            )
         if tau >= attack.moved:
             why = (
                 f"a patch had to move more than {tau:.0%} of the images to stand out from innocent windows, and "
@@ -108,6 +115,7 @@ def power_statement(
         probability=probability,
         attack=attack,
         sentence=sentence,
+        why=why,
     )
 
 
