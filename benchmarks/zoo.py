@@ -429,11 +429,11 @@ def table(results: Mapping[str, Any]) -> str:
                     of("peak_memory_mib"),
                 ]
             )
-    parts = [common.markdown(header, lines), _in_all(rows), attack_table(rows)]
+    parts = [common.markdown(header, lines), _in_all(rows)]
     if (common.RESULTS / f"{NAME}.png").exists():
         text = "An image with the trigger, the mask, and the pattern that it shows; a frame where the trigger lies"
         parts.append(f"![{text}](results/{NAME}.png)")
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, attack_table(rows)])
 
 
 def _in_all(rows: list[common.Row]) -> str:

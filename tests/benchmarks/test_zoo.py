@@ -5,8 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import common
 import zoo
 
 from unpoison.attack.plan import Plan, Trigger
@@ -52,6 +54,28 @@ def test_rows_are_judged_among_the_clean_ones_of_their_family():
     assert "| 1 of 2 | 1 of 2 | 0.75 | 0.25 (0.10–0.40) |" in bad and "| 41 / 40 | 95 (9) |" in bad
     assert "| no reference | 1 of 1 | – |" in alone
     assert lines[-1] == "| BadEncoder, ViT | 1 | -1.0 | 1 of 1 | 95 (9) | 1 of 1 |"
+
+
+def test_a_mask_is_drawn_beside_the_true_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "KEPT", tmp_path)
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    plan = Plan("bad-encoder", 0, {}, (WHITE,), (), 0, (0,))
+    mask = torch.zeros(1, 32, 32)
+    mask[:, 22:, 22:] = 1
+    found = SimpleNamespace(mask=mask, pattern=torch.ones(3, 32, 32))
+    row = a_row("BadEncoder", 0, 0.04, kind="bad-encoder", iou=0.5)
+    zoo.write_sheet([row])
+    assert not (tmp_path / "zoo.png").exists()  # nothing is kept here
+    path = zoo.picture_of(row["audits"]["default"]["fingerprint"])
+    zoo.draw_truth(found, torch.zeros(1, 3, 32, 32, dtype=torch.uint8), plan, path)
+    with Image.open(path) as picture:
+        assert picture.size == (3 * 64, 64)
+        # Inside the frame: the trigger, the mask and the pattern are white there, and black elsewhere.
+        assert [picture.getpixel((64 * tile + 52, 52)) for tile in range(3)] == [(255, 255, 255)] * 3
+        assert [picture.getpixel((64 * tile + 8, 8)) for tile in range(3)] == [(0, 0, 0)] * 3
+    zoo.write_sheet([row, a_row("clean", 0, 0.2)])
+    with Image.open(tmp_path / "zoo.png") as sheet:
+        assert sheet.size == (4 * 200, 84)
 
 
 def test_clean_encoders_that_are_held_out_are_judged_but_judge_none():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -51,7 +52,24 @@ Json = Annotated[
         "--json", help="Print one JSON object on stdout and nothing else there.", rich_help_panel=_RUNNING
     ),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.", rich_help_panel=_RUNNING)]
+
+
+def _silence_warnings(wanted: bool) -> bool:
+    """Until the verb ends, see `cli.main`."""
+    if wanted:
+        logging.getLogger("unpoison").setLevel(logging.ERROR)
+    return wanted
+
+
+Quiet = Annotated[
+    bool,
+    typer.Option(
+        "--quiet",
+        help="Print nothing but errors.",
+        callback=_silence_warnings,
+        rich_help_panel=_RUNNING,
+    ),
+]
 Fresh = Annotated[
     bool, typer.Option("--fresh", help="Start over instead of resuming or showing an earlier run.")
 ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import sys
 import time
@@ -51,8 +50,6 @@ class Screen:
     def __init__(self, *, as_json: bool, quiet: bool) -> None:
         self.as_json = as_json
         self.quiet = quiet
-        if quiet:
-            logging.getLogger("unpoison").setLevel(logging.ERROR)
 
     def note(self, message: str) -> None:
         """One line on stderr, for what a person should know while the verb goes on."""
