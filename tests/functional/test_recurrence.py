@@ -45,6 +45,7 @@ def test_what_is_no_overlay() -> None:
     margins = pictures(100)
     margins[:50, :, :, :6] = 255  # of one colour
     assert recurring_places(margins, rows, 4, least=5, most=5) == []
+    assert recurring_places(pictures(100), torch.arange(3), 4, least=5, most=5) == []
     few = pictures(100)
     few[:4, :, 8:16, 8:16] = logo(8)
     assert recurring_places(few, rows, 4, least=5, most=5) == []

@@ -97,9 +97,12 @@ def _hashes(pixels: Tensor, rows: Tensor, places: list[tuple[int, int]], side: i
 
 def _equal(column: NDArray[np.uint64], least: int) -> list[NDArray[np.intp]]:
     """Places in the column of every value that occurs `least` times or more, ascending."""
-    order = np.argsort(column, kind="stable")
-    ends = np.flatnonzero(np.diff(column[order])) + 1
-    return [np.sort(rows) for rows in np.split(order, ends) if len(rows) >= least]
+    if len(column) < least:
+        return []
+    ordered = np.sort(column)
+    # A value that occurs so often stands so many places further on, too.
+    often = np.unique(ordered[least - 1 :][ordered[least - 1 :] == ordered[: len(ordered) - least + 1]])
+    return [np.flatnonzero(column == value) for value in often]
 
 
 def _sharing(pixels: Tensor, rows: Tensor, place: tuple[int, int], side: int) -> list[int]:
