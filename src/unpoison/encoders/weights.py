@@ -15,7 +15,7 @@ import logging
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -310,24 +310,37 @@ def _match_layout(
 ) -> tuple[dict[str, Tensor], str]:
     """The weights under the layout that fits the expected names best, with that layout's names."""
     unwrapped = {_without_wrappers(name): tensor for name, tensor in tensors.items()}
+    below = _by_prefix(unwrapped)
+    layouts = [(prefix, layout) for prefix, layout in _LAYOUTS if prefix in below]
+    known = {prefix for prefix, _ in layouts}
+    layouts += [(prefix, printable(prefix.removesuffix("."))) for prefix in below if prefix not in known]
     best: tuple[int, dict[str, Tensor], str] = (-1, {}, "")
-    for prefix, layout in (*_LAYOUTS, *_other_layouts(unwrapped)):
-        inside = {k.removeprefix(prefix): v for k, v in unwrapped.items() if k.startswith(prefix)}
-        if len(inside) <= best[0]:
+    for prefix, layout in layouts:
+        if len(below[prefix]) <= best[0]:
             continue
         for numbers in _NUMBERED:
-            renamed = {_renamed(name, numbers, expected): tensor for name, tensor in inside.items()}
+            renamed = {_renamed(name, numbers, expected): tensor for name, tensor in below[prefix].items()}
             fits = sum(name in expected for name in renamed)
             if fits > best[0]:
                 best = (fits, renamed, layout)
     return best[1], best[2]
 
 
-def _other_layouts(names: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Every prefix of the names, in their order, as a layout that is called by it."""
-    parts = (name.split(".") for name in names)
-    prefixes = dict.fromkeys(".".join(part[:end]) for part in parts for end in range(1, len(part)))
-    return ((f"{prefix}.", printable(prefix)) for prefix in prefixes)
+def _by_prefix(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """What lies below every prefix, the empty one first; in one pass, whatever names a stranger chose."""
+    below: dict[str, dict[str, Tensor]] = {"": tensors}
+    for name, tensor in tensors.items():
+        start = 0
+        for _ in range(_DEEPEST_PREFIX):
+            start = name.find(".", start) + 1
+            if start == 0:
+                break
+            below.setdefault(name[:start], {})[name[start:]] = tensor
+    return below
+
+
+_DEEPEST_PREFIX = 12
+"""Parts of a name that may come before the network's own."""
 
 
 def _without_wrappers(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -11,7 +12,13 @@ from torch.nn import functional as F
 from unpoison.errors import ShapeError
 from unpoison.functional.windows import crop_windows
 
-__all__ = ["clearest_match", "duplicate_images", "patch_similarity", "surroundings_similarity"]
+__all__ = [
+    "clearest_match",
+    "duplicate_images",
+    "patch_similarity",
+    "surroundings_similarity",
+    "without_copies",
+]
 
 _FLAT = 4 / 255
 """Standard deviation, of values in [0, 1], below which a patch has no pattern to compare."""
@@ -101,6 +108,15 @@ def duplicate_images(images: Tensor, *, threshold: float = 0.95) -> Tensor:
     small = F.interpolate(images.float() / 255, size=(16, 16), mode="area")
     flat = _standard(small)
     return flat @ flat.T >= threshold
+
+
+def without_copies(members: Iterable[int], copies: Tensor) -> list[int]:
+    """Of pictures that are copies of each other, as `duplicate_images` says, (n, n) bool, the first member."""
+    distinct: list[int] = []
+    for member in members:
+        if not any(copies[member, other] for other in distinct):
+            distinct.append(member)
+    return distinct
 
 
 def surroundings_similarity(images: Tensor, corners: Tensor, side: int, centre: int) -> Tensor:

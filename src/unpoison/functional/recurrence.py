@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from unpoison.functional.matching import duplicate_images
+from unpoison.functional.matching import duplicate_images, without_copies
 
 __all__ = ["SamePlace", "recurring_places"]
 
@@ -19,7 +19,7 @@ _SAMPLED = 12
 _FLAT = 12.0  # grey levels: a block whose channels all deviate less is a margin, a sky, a shadow
 _AT_ONCE = 1024  # images
 _MOST_HASHES = 2**26  # numbers that are held at once; bounds the memory
-_MOST_JUDGED = 50  # groups of images, the largest first
+_MOST_JUDGED = 50  # groups of images, the largest first, at each place and in all
 _MOST_IMAGES = 200  # of a group that are looked at for copies of one picture
 
 
@@ -68,7 +68,9 @@ def recurring_places(pixels: Tensor, rows: Tensor, side: int, *, least: int, mos
                     groups.setdefault(tuple(shared), []).append(place)
     found: list[SamePlace] = []
     for sharing, where in sorted(groups.items(), key=lambda group: (-len(group[0]), group[1]))[:_MOST_JUDGED]:
-        distinct = _different_pictures(pixels, list(sharing))
+        members = list(sharing)[:_MOST_IMAGES]
+        kept = without_copies(range(len(members)), duplicate_images(pixels[members]))
+        distinct = [members[number] for number in kept]
         known = any(len(set(distinct) & set(other.rows.tolist())) > len(distinct) / 2 for other in found)
         if len(distinct) < least or known:
             continue
@@ -96,13 +98,13 @@ def _hashes(pixels: Tensor, rows: Tensor, places: list[tuple[int, int]], side: i
 
 
 def _equal(column: NDArray[np.uint64], least: int) -> list[NDArray[np.intp]]:
-    """Places in the column of every value that occurs `least` times or more, ascending."""
-    if len(column) < least:
-        return []
-    ordered = np.sort(column)
-    # A value that occurs so often stands so many places further on, too.
-    often = np.unique(ordered[least - 1 :][ordered[least - 1 :] == ordered[: len(ordered) - least + 1]])
-    return [np.flatnonzero(column == value) for value in often]
+    """Places in the column, ascending, of values that occur `least` times or more; of the most frequent ones only."""
+    order = np.argsort(column, kind="stable")
+    starts = np.flatnonzero(np.diff(column[order], prepend=column[order[:1]] ^ 1))
+    lengths = np.diff(starts, append=len(column))
+    often = np.flatnonzero(lengths >= least)
+    often = often[np.argsort(-lengths[often], kind="stable")[:_MOST_JUDGED]]
+    return [order[starts[run] : starts[run] + lengths[run]] for run in often]
 
 
 def _sharing(pixels: Tensor, rows: Tensor, place: tuple[int, int], side: int) -> list[int]:
@@ -113,10 +115,3 @@ def _sharing(pixels: Tensor, rows: Tensor, place: tuple[int, int], side: int) ->
         return []
     blocks = pixels[rows, :, top : top + side, left : left + side]
     return rows[(blocks == first).flatten(1).all(dim=1)].tolist()
-
-
-def _different_pictures(pixels: Tensor, rows: list[int]) -> list[int]:
-    """Of copies of one picture the first."""
-    rows = rows[:_MOST_IMAGES]
-    copies = duplicate_images(pixels[rows])
-    return [row for number, row in enumerate(rows) if not bool(copies[number, :number].any())]

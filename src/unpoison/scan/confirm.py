@@ -29,7 +29,12 @@ from torch.nn import functional as F
 
 from unpoison.encoders.encoder import Encoder
 from unpoison.functional.clustering import assign
-from unpoison.functional.matching import duplicate_images, patch_similarity, surroundings_similarity
+from unpoison.functional.matching import (
+    duplicate_images,
+    patch_similarity,
+    surroundings_similarity,
+    without_copies,
+)
 from unpoison.functional.windows import crop_windows, paste_windows
 from unpoison.records import Clusters, ImageSet
 from unpoison.scan.aim import Aim, aim_of
@@ -230,7 +235,7 @@ def _recurring(
     copies = duplicate_images(images.pixels[candidates.rows[order]])
     finalists: list[Finalist] = []
     for members in _groups(alike):
-        distinct = _without_copies(members, copies)
+        distinct = without_copies(members, copies)
         if len(distinct) < MIN_SOURCES:
             continue
         chosen = order[torch.tensor(distinct)]
@@ -280,7 +285,7 @@ def find_benign_patterns(
 
     def take(members: list[int]) -> None:
         free[alike[members].any(dim=0)] = False
-        distinct = _without_copies(members, copies)
+        distinct = without_copies(members, copies)
         if len(distinct) >= MIN_SOURCES:
             finding = _if_harmless(candidates, chosen[torch.tensor(distinct)], known)
             found.extend([finding] if finding else [])
@@ -326,15 +331,6 @@ def _core(members: Candidates, images: ImageSet) -> Tensor:
     pasted = alike[centre] & (around < _SAME_SURROUNDINGS)
     pasted[centre] = True
     return pasted.nonzero().flatten()
-
-
-def _without_copies(members: list[int], copies: Tensor) -> list[int]:
-    """Of pictures that are copies of each other, (n, n) bool, the first one."""
-    distinct: list[int] = []
-    for member in members:
-        if not any(copies[member, other] for other in distinct):
-            distinct.append(member)
-    return distinct
 
 
 def _show_part(windows: Tensor, known: Tensor, *, reach: float = 0.6) -> Tensor:
